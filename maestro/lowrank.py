@@ -1,0 +1,640 @@
+"""The method on parameter trees: decompose, mask, truncate, merge, shrink.
+
+A layer's kernel K is stored dense, or as two factors u and v with K = u @ v and
+an *ordered* rank axis: the first r components are meant to be the best r.
+
+  {"fc": {"kernel": [in, out], "bias": [out]}}               dense
+  {"fc": {"u": [in, R], "v": [R, out], "bias": [out]}}       factored
+
+In general u is [*lead, *inputs, R] and v is [*lead, R, *outputs]. `lead` is the
+shape of the layer's rank: () for most layers, [L] if scan-stacked, [G] if
+grouped, [L, G] if both. A convolution unrolls (kh, kw, in): u is
+[kh, kw, in, R] and v is [R, out]. A layer that holds `kernel` as well as `u`
+and `v` has their sum as its weight.
+
+Ranks are a tree that mirrors the modules, {"fc": {"rank": int32}}. Everything
+here is a pure function of such trees; nothing is registered and nothing is
+changed in place. `mask` defines what a rank means; every other form of a
+truncated network is tested to equal it.
+
+Paths are slash-joined module names ("encoder/fc"); the empty path is a model
+that is itself one layer.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maestro.errors import UserError
+
+Tree = Mapping[str, Any]
+
+
+class LowRankError(UserError):
+  """A rule, a rank or a tree does not fit; names the layer and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Says whether, and from which rank, the layers it matches are decomposed.
+
+  Attributes:
+    path: regular expression, matched in full against a layer's path.
+    rank: the rank to start from; None is the full rank, min(in, out).
+    decompose: False leaves the matched layers dense.
+  """
+
+  path: str = ".*"
+  rank: int | None = None
+  decompose: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+  """What shapes alone cannot tell of a layer; made by `maestro.layers`.
+
+  Attributes:
+    kind: "dense", "conv" or "embed".
+    stack: sizes of the scan axes before the kernel's own axes.
+    groups: sizes of the axes over which independent maps are laid: (G,) for a
+      grouped convolution, the batch axes of a DenseGeneral, else ().
+    inputs: the input axes of one map, e.g. (in,), (kh, kw, in / G), (4, 8).
+    outputs: the output axes of one map, e.g. (out,), (out / G,), (4, 8).
+    positions: how often one example meets the kernel in a forward pass
+      (output pixels, tokens), for one element of `stack`.
+    lookups: how many embeddings one example looks up.
+  """
+
+  kind: str
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  stack: tuple[int, ...] = ()
+  groups: tuple[int, ...] = ()
+  positions: int = 1
+  lookups: int = 0
+
+  @property
+  def lead(self) -> tuple[int, ...]:
+    """Shape of the layer's rank, and of the leading axes of its factors."""
+    return self.stack + self.groups
+
+  @property
+  def n_in(self) -> int:
+    return math.prod(self.inputs)
+
+  @property
+  def n_out(self) -> int:
+    return math.prod(self.outputs)
+
+  @property
+  def full_rank(self) -> int:
+    return min(self.n_in, self.n_out)
+
+  @property
+  def weight(self) -> str:
+    """Name of the dense weight among the layer's parameters."""
+    return "embedding" if self.kind == "embed" else "kernel"
+
+  @property
+  def kernel_shape(self) -> tuple[int, ...]:
+    """Shape of the dense weight as the layer stores it."""
+    if self.kind == "conv" and self.groups:
+      out = self.groups[0] * self.n_out
+      return (*self.stack, *self.inputs, out)
+    return (*self.lead, *self.inputs, *self.outputs)
+
+
+# ---------------------------------------------------------------------------
+# Trees
+# ---------------------------------------------------------------------------
+
+
+def _is_factored(node: Any) -> bool:
+  return isinstance(node, Mapping) and "u" in node and "v" in node
+
+
+def _walk(tree: Tree, path: str = "") -> Iterator[tuple[str, Tree]]:
+  """Yields (path, node) of every layer that holds factors, in sorted order."""
+  if _is_factored(tree):
+    yield path, tree
+  for name in sorted(tree):
+    if isinstance(tree[name], Mapping):
+      yield from _walk(tree[name], f"{path}/{name}" if path else name)
+
+
+def factored(params: Tree) -> dict[str, Tree]:
+  """Returns {path: node} of the layers that hold factors, in sorted order."""
+  return dict(_walk(params))
+
+
+def get(tree: Tree, path: str) -> Any:
+  """Returns the node of a nested mapping at a slash-joined path, or None."""
+  node: Any = tree
+  for name in path.split("/") if path else ():
+    if not isinstance(node, Mapping) or name not in node:
+      return None
+    node = node[name]
+  return node
+
+
+def _replace(tree: Tree, changes: Mapping[str, Tree], path: str = "") -> dict:
+  """Copies a nested mapping with the nodes at some paths replaced."""
+  if path in changes:
+    return dict(changes[path])
+  return {
+    name: _replace(node, changes, f"{path}/{name}" if path else name)
+    if isinstance(node, Mapping)
+    else node
+    for name, node in tree.items()
+  }
+
+
+def flatten_ranks(ranks: Tree, path: str = "") -> dict[str, Any]:
+  """Turns a rank tree into {layer path: rank}, in sorted order."""
+  flat = {}
+  for name in sorted(ranks):
+    if isinstance(ranks[name], Mapping):
+      flat |= flatten_ranks(ranks[name], f"{path}/{name}" if path else name)
+    elif name == "rank":
+      flat[path] = ranks[name]
+    else:
+      raise LowRankError(
+        f"rank tree: unexpected leaf {name!r} at {path!r}; the only leaves of"
+        ' a rank tree are called "rank", as in {"fc": {"rank": 3}}'
+      )
+  return flat
+
+
+def unflatten_ranks(flat: Mapping[str, Any]) -> dict:
+  """Turns {layer path: rank} into a rank tree that mirrors the modules."""
+  tree: dict = {}
+  for path, rank in flat.items():
+    node = tree
+    for name in path.split("/") if path else ():
+      node = node.setdefault(name, {})
+    node["rank"] = rank
+  return tree
+
+
+def _is_traced(x: Any) -> bool:
+  return isinstance(x, jax.core.Tracer)
+
+
+def check_rank(rank: Any, full_rank: int, path: str) -> None:
+  """Raises if a concrete rank is no integer in [0, full_rank]."""
+  if _is_traced(rank) or isinstance(rank, jax.ShapeDtypeStruct):
+    return
+  values = np.asarray(rank)
+  if not np.issubdtype(values.dtype, np.integer):
+    raise LowRankError(
+      f"layer {path!r}: rank {rank!r} is not an integer; ranks are counts"
+    )
+  if values.size and (values.min() < 0 or values.max() > full_rank):
+    raise LowRankError(
+      f"layer {path!r}: rank {values.tolist()} is outside [0, {full_rank}];"
+      f" its factors hold {full_rank} components"
+    )
+
+
+def _paired(params: Tree, ranks: Tree) -> dict[str, tuple[Tree, Any]]:
+  """Pairs the factored layers that `ranks` names with their ranks."""
+  layers = factored(params)
+  pairs = {}
+  for path, rank in flatten_ranks(ranks).items():
+    if path not in layers:
+      raise LowRankError(
+        f"rank tree: layer {path!r} has no factors in these parameters;"
+        f" factored layers are {sorted(layers) or 'none'}"
+      )
+    node = layers[path]
+    lead = jnp.shape(rank)
+    _check_factors(node, lead, path)
+    check_rank(rank, node["u"].shape[-1], path)
+    pairs[path] = (node, rank)
+  return pairs
+
+
+def _check_factors(node: Tree, lead: tuple[int, ...], path: str) -> None:
+  u, v, n = node["u"].shape, node["v"].shape, len(lead)
+  fits = u[:n] == lead and v[:n] == lead and len(v) > n + 1 and v[n] == u[-1]
+  if not fits:
+    raise LowRankError(
+      f"layer {path!r}: factors u {u} and v {v} do not fit a rank of shape"
+      f" {lead}; expected u [*{lead}, inputs, R] and v [*{lead}, R, outputs]"
+    )
+
+
+def _lead(node: Tree, spec: LayerSpec | None, path: str) -> tuple[int, ...]:
+  """Finds the leading axes of a layer's factors, from shapes if they tell."""
+  if spec is not None:
+    return spec.lead
+  u, v = node["u"].shape, node["v"].shape
+  candidates = [
+    u[:n]
+    for n in range(min(len(u), len(v)) - 1)
+    if u[:n] == v[:n] and v[n] == u[-1]
+  ]
+  if len(candidates) != 1:
+    raise LowRankError(
+      f"layer {path!r}: the shapes u {u}, v {v} do not tell which axes are"
+      " stacked or grouped; pass `layers=maestro.layers(model, inputs)`"
+    )
+  return candidates[0]
+
+
+def _component_axes(x: jax.Array, name: str, n_lead: int) -> tuple[int, ...]:
+  """Axes of u or v that are neither leading nor the rank axis."""
+  if name == "u":
+    return tuple(range(n_lead, x.ndim - 1))
+  return tuple(range(n_lead + 1, x.ndim))
+
+
+def _live(x: jax.Array, name: str, rank: Any) -> jax.Array:
+  """Boolean [*lead, 1.., R] for u, [*lead, R, 1..] for v: component < rank."""
+  lead = jnp.shape(rank)
+  n_lead = len(lead)
+  size = x.shape[-1] if name == "u" else x.shape[n_lead]
+  component = jax.lax.broadcasted_iota(jnp.int32, (*lead, size), n_lead)
+  live = component < jnp.asarray(rank)[..., None]
+  return jnp.expand_dims(live, _component_axes(x, name, n_lead))
+
+
+def mask_factor(x: jax.Array, name: str, rank: Any) -> jax.Array:
+  """Zeroes the components of factor u or v (`name`) at or beyond `rank`."""
+  return jnp.where(_live(x, name, rank), x, jnp.zeros((), x.dtype))
+
+
+# ---------------------------------------------------------------------------
+# Dense <-> factored
+# ---------------------------------------------------------------------------
+
+
+def _to_matrix(kernel: jax.Array, spec: LayerSpec) -> jax.Array:
+  """Reshapes a stored kernel to matrices [*lead, in, out]."""
+  if spec.kind == "conv" and spec.groups:  # output channels are group-major
+    shape = (*spec.stack, spec.n_in, *spec.groups, spec.n_out)
+    return jnp.moveaxis(kernel.reshape(shape), -2, -3)
+  return kernel.reshape((*spec.lead, spec.n_in, spec.n_out))
+
+
+def _to_kernel(matrix: jax.Array, spec: LayerSpec) -> jax.Array:
+  """Inverts `_to_matrix`."""
+  if spec.kind == "conv" and spec.groups:
+    matrix = jnp.moveaxis(matrix, -3, -2)
+  return matrix.reshape(spec.kernel_shape)
+
+
+def resolve(
+  rules: Sequence[Rule], layers: Mapping[str, LayerSpec]
+) -> dict[str, int | None]:
+  """Applies rules to layers: {path: starting rank, or None to stay dense}.
+
+  The first rule that matches a layer decides; a layer that no rule matches
+  stays dense. So does a layer of full rank 1, of which a depthwise convolution
+  is made: it has nothing to decompose.
+
+  Raises:
+    LowRankError: a rule decides for no layer, is no regular expression, or
+      asks for an impossible rank.
+  """
+  patterns = []
+  for rule in rules:
+    try:
+      patterns.append(re.compile(rule.path))
+    except re.error as error:
+      raise LowRankError(
+        f"rule {rule.path!r} is not a regular expression: {error}"
+      ) from error
+  chosen: dict[str, int | None] = dict.fromkeys(layers)
+  used = [False] * len(patterns)
+  for path, spec in layers.items():
+    match = next((i for i, p in enumerate(patterns) if p.fullmatch(path)), None)
+    if match is None:
+      continue
+    used[match] = True
+    rule = rules[match]
+    if not rule.decompose or spec.full_rank <= 1:
+      continue
+    if rule.rank is not None:
+      check_rank(rule.rank, spec.full_rank, path)
+    chosen[path] = spec.full_rank if rule.rank is None else rule.rank
+  if not all(used):
+    rule = rules[used.index(False)]
+    shadowed = any(re.fullmatch(rule.path, path) for path in layers)
+    why = "is shadowed by an earlier rule" if shadowed else "matches no layer"
+    raise LowRankError(
+      f"rule {rule.path!r} {why}; the layers are {sorted(layers)}"
+    )
+  return chosen
+
+
+def decompose(
+  params: Tree, rules: Sequence[Rule], layers: Mapping[str, LayerSpec]
+) -> dict:
+  """Replaces kernels by factors from their singular value decomposition.
+
+    kernel = U diag(s) V^T  ->  u = U sqrt(s), v = sqrt(s) V^T
+
+  so that u @ v is the kernel (its best approximation, if the rule's rank is
+  below the full one) and the components are ordered by singular value. Can be
+  traced: abstract and sharded trees take the same path.
+
+  Args:
+    params: nested mapping of parameters with dense kernels.
+    rules: which layers, see `Rule`; other layers are left untouched.
+    layers: {path: LayerSpec}, from `maestro.layers(model, inputs)`.
+
+  Raises:
+    LowRankError: a rule selects no layer, a rank is impossible, or a layer's
+      parameters do not hold the kernel that its LayerSpec describes.
+  """
+  changes = {}
+  for path, rank in resolve(rules, layers).items():
+    if rank is None:
+      continue
+    spec, node = layers[path], get(params, path)
+    kernel = node.get(spec.weight) if isinstance(node, Mapping) else None
+    shape = None if kernel is None else jnp.shape(kernel)
+    if _is_factored(node) or shape != spec.kernel_shape:
+      found = "factors" if _is_factored(node) else shape
+      raise LowRankError(
+        f"layer {path!r}: expected a dense {spec.weight!r} of shape"
+        f" {spec.kernel_shape} to decompose, found {found}"
+      )
+    matrix = _to_matrix(kernel, spec)
+    # SVD has no half-precision form; the factors keep the kernel's dtype.
+    wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    left, s, right = jnp.linalg.svd(wide, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    u = left[..., :rank] * root[..., None, :]
+    v = root[..., :, None] * right[..., :rank, :]
+    changes[path] = {k: x for k, x in node.items() if k != spec.weight} | {
+      "u": u.reshape((*spec.lead, *spec.inputs, rank)).astype(kernel.dtype),
+      "v": v.reshape((*spec.lead, rank, *spec.outputs)).astype(kernel.dtype),
+    }
+  return _replace(params, changes)
+
+
+def full_ranks(
+  params: Tree, layers: Mapping[str, LayerSpec] | None = None
+) -> dict:
+  """Returns the rank tree at which every stored component is live.
+
+    {"fc": {"u": [in, R], "v": [R, out]}} -> {"fc": {"rank": R}}
+
+  Args:
+    params: parameters with factored layers.
+    layers: needed only where shapes do not tell leading axes apart.
+  """
+  layers = layers or {}
+  flat = {}
+  for path, node in _walk(params):
+    lead = _lead(node, layers.get(path), path)
+    _check_factors(node, lead, path)
+    flat[path] = jnp.full(lead, node["u"].shape[-1], jnp.int32)
+  return unflatten_ranks(flat)
+
+
+def merge(
+  params: Tree,
+  layers: Mapping[str, LayerSpec] | None = None,
+  *,
+  where: Callable[[str], bool] | None = None,
+) -> dict:
+  """Multiplies factors back into dense kernels.
+
+    {"u": [in, R], "v": [R, out]} -> {"kernel": u @ v  (+ kernel, if held)}
+
+  Args:
+    params: parameters with factored layers, masked or truncated to their ranks.
+    layers: from `maestro.layers`; may be left out when no layer is stacked,
+      grouped or an embedding.
+    where: which paths to merge; None merges every factored layer.
+  """
+  layers = layers or {}
+  changes = {}
+  for path, node in _walk(params):
+    if where is not None and not where(path):
+      continue
+    u, v = node["u"], node["v"]
+    spec = layers.get(path)
+    lead = _lead(node, spec, path)
+    if spec is None:
+      if lead:
+        raise LowRankError(
+          f"layer {path!r} is stacked or grouped; merging it needs"
+          " `layers=maestro.layers(model, inputs)`"
+        )
+      spec = LayerSpec("dense", u.shape[:-1], v.shape[1:])
+    rank = u.shape[-1]
+    matrix = jnp.matmul(
+      u.reshape((*lead, spec.n_in, rank)),
+      v.reshape((*lead, rank, spec.n_out)),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    kernel = _to_kernel(matrix, spec)
+    if spec.weight in node:
+      kernel = node[spec.weight] + kernel
+    rest = {k: x for k, x in node.items() if k not in ("u", "v", spec.weight)}
+    changes[path] = rest | {spec.weight: kernel}
+  return _replace(params, changes)
+
+
+# ---------------------------------------------------------------------------
+# Ranks
+# ---------------------------------------------------------------------------
+
+
+def mask(params: Tree, ranks: Tree) -> dict:
+  """Zeroes every component at or beyond its layer's rank; shapes stay.
+
+    u[..., b] = 0 and v[b] = 0 for b >= rank
+
+  This is the definition of a network at given ranks. Layers that `ranks` does
+  not name are left as they are. Concrete ranks out of range raise; traced ones
+  act as if clipped.
+  """
+  return _replace(
+    params,
+    {
+      path: dict(node)
+      | {name: mask_factor(node[name], name, rank) for name in ("u", "v")}
+      for path, (node, rank) in _paired(params, ranks).items()
+    },
+  )
+
+
+def stored_rank(rank: Any, full_rank: int, multiple_of: int = 1) -> int:
+  """Size of the rank axis after truncation: rounded up, at most what it was."""
+  top = int(np.max(np.asarray(rank), initial=0))
+  return min(full_rank, -(-top // multiple_of) * multiple_of)
+
+
+def cut_factor(
+  x: jax.Array, name: str, rank: Any, multiple_of: int = 1
+) -> jax.Array:
+  """Masks one factor (or a leaf shaped like it) and slices its rank axis."""
+  axis = x.ndim - 1 if name == "u" else jnp.ndim(rank)
+  size = stored_rank(rank, x.shape[axis], multiple_of)
+  return jax.lax.slice_in_dim(mask_factor(x, name, rank), 0, size, axis=axis)
+
+
+def truncate(params: Tree, ranks: Tree, multiple_of: int = 1) -> dict:
+  """Cuts factors down to their ranks: smaller arrays, the same function.
+
+    {"u": [in, R], "v": [R, out]} -> {"u": [in, r], "v": [r, out]}
+
+  where r is the rank rounded up to a multiple of `multiple_of` (the largest of
+  them for a stacked or grouped layer); what is kept beyond the rank is zero.
+  Optimizer states are cut by `maestro.optim.truncate`.
+
+  Raises:
+    LowRankError: a rank is traced (shapes must be known), out of range, or
+      names a layer without factors.
+  """
+  changes = {}
+  for path, (node, rank) in _paired(params, ranks).items():
+    if _is_traced(rank):
+      raise LowRankError(
+        f"layer {path!r}: truncate needs concrete ranks, as they become"
+        " shapes; call it outside of jit"
+      )
+    changes[path] = dict(node) | {
+      name: cut_factor(node[name], name, rank, multiple_of)
+      for name in ("u", "v")
+    }
+  return _replace(params, changes)
+
+
+def dense_is_cheaper(n_in: int, n_out: int, rank: int) -> bool:
+  """True if factors of this rank hold no fewer numbers than the kernel.
+
+  r (in + out) >= in * out; the official code merges at ">", where a tie keeps
+  two products that cost as much as one.
+  """
+  return rank * (n_in + n_out) >= n_in * n_out
+
+
+def extract(
+  params: Tree,
+  ranks: Tree,
+  layers: Mapping[str, LayerSpec],
+  *,
+  multiple_of: int = 1,
+) -> dict:
+  """Returns the deployable tree: truncated, and merged where dense is cheaper.
+
+  The same function as `mask(params, ranks)`, in the fewest parameters that
+  these ranks allow.
+  """
+  small = truncate(params, ranks, multiple_of)
+  sizes = {path: node["u"].shape[-1] for path, node in _walk(small)}
+
+  def where(path: str) -> bool:
+    spec = layers[path]
+    return dense_is_cheaper(spec.n_in, spec.n_out, sizes[path])
+
+  return merge(small, layers, where=where)
+
+
+def _squared_norms(x: jax.Array, name: str, rank: Any) -> jax.Array:
+  """Squared Frobenius norm of each component, [*lead, R], zero if dead."""
+  # Masked before it is squared, or a NaN would reach the gradient: 0 * NaN.
+  wide = mask_factor(x, name, rank)
+  wide = wide.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return jnp.sum(wide * wide, axis=_component_axes(x, name, jnp.ndim(rank)))
+
+
+def _suffix_sums(x: jax.Array) -> jax.Array:
+  """Sums of x[..., b:] for every b."""
+  return jax.lax.cumsum(x, axis=x.ndim - 1, reverse=True)
+
+
+def _sqrt(x: jax.Array) -> jax.Array:
+  """Square root whose gradient at zero is zero (the sub-gradient, not NaN)."""
+  positive = x > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def _norms(params: Tree, ranks: Tree | None):
+  """Yields (path, squared norms of u's components, of v's), each [*lead, R]."""
+  ranks = full_ranks(params) if ranks is None else ranks
+  for path, (node, rank) in _paired(params, ranks).items():
+    yield (
+      path,
+      _squared_norms(node["u"], "u", rank),
+      _squared_norms(node["v"], "v", rank),
+    )
+
+
+def importance(params: Tree, ranks: Tree | None = None) -> dict[str, jax.Array]:
+  """Scores components: ||u[:, b:r]||_F * ||v[b:r, :]||_F, for each b.
+
+  Non-increasing in b, so that the components above any threshold are a prefix;
+  zero for dead components (b >= r).
+
+  Args:
+    params: parameters with factored layers.
+    ranks: current ranks; None takes every stored component as live.
+
+  Returns:
+    {layer path: float32 [*lead, R]}.
+  """
+  scores = {}
+  for path, u, v in _norms(params, ranks):
+    score = _sqrt(_suffix_sums(u)) * _sqrt(_suffix_sums(v))
+    # Parallel prefix sums may break the order in the last bit.
+    scores[path] = jax.lax.cummax(score, axis=score.ndim - 1, reverse=True)
+  return scores
+
+
+def group_lasso(
+  params: Tree, ranks: Tree | None = None, kind: str = "hierarchical"
+) -> jax.Array:
+  """Sums the norms of groups of live components over all factored layers.
+
+  hierarchical: sum_b ( ||u[:, b:r]||_F + ||v[b:r, :]||_F ),  b = 0 .. r - 1
+  flat:         sum_b ( ||u[:, b]||_2   + ||v[b, :]||_2 )
+
+  The hierarchical groups are suffixes, so a component is pulled towards zero
+  once for each component before it and the last ones vanish first. Costs
+  O(size of the factors); the gradient at an exact zero is zero.
+
+  Returns:
+    A float32 scalar; 0 without factored layers.
+  """
+  if kind not in ("hierarchical", "flat"):
+    raise LowRankError(
+      f'lasso kind {kind!r} is unknown; use "hierarchical" or "flat"'
+    )
+  total = jnp.zeros((), jnp.float32)
+  for _, u, v in _norms(params, ranks):
+    if kind == "hierarchical":
+      u, v = _suffix_sums(u), _suffix_sums(v)
+    total += jnp.sum(_sqrt(u)) + jnp.sum(_sqrt(v))
+  return total
+
+
+def shrink(params: Tree, ranks: Tree, threshold: float) -> dict:
+  """Lowers each rank to the number of components with importance >= threshold.
+
+  Ranks never rise. The threshold is absolute, in units of the kernel's norm:
+  components below it change K by less than about `threshold`. Sub-gradient
+  steps leave vanished components hovering at a floor of order
+  (learning rate * lambda)^2; a threshold below that floor never shrinks.
+  """
+  scores = importance(params, ranks)
+  flat = {
+    path: jnp.minimum(
+      jnp.sum(scores[path] >= threshold, axis=-1, dtype=jnp.int32),
+      jnp.asarray(rank, jnp.int32),
+    )
+    for path, rank in flatten_ranks(ranks).items()
+  }
+  return unflatten_ranks(flat)
