@@ -1,0 +1,46 @@
+"""Trainable low-rank decompositions: layers that find their own ranks."""
+
+from maestro import nn, ops, sampling
+from maestro.cost import Cost, LayerCost, count_cost
+from maestro.errors import UserError
+from maestro.lowrank import (
+  LayerSpec,
+  LowRankError,
+  Rule,
+  decompose,
+  extract,
+  full_ranks,
+  group_lasso,
+  importance,
+  mask,
+  merge,
+  shrink,
+  truncate,
+)
+from maestro.nn import check_ranks, layers
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "Cost",
+  "LayerCost",
+  "LayerSpec",
+  "LowRankError",
+  "Rule",
+  "UserError",
+  "check_ranks",
+  "count_cost",
+  "decompose",
+  "extract",
+  "full_ranks",
+  "group_lasso",
+  "importance",
+  "layers",
+  "mask",
+  "merge",
+  "nn",
+  "ops",
+  "sampling",
+  "shrink",
+  "truncate",
+]

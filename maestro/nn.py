@@ -1,0 +1,486 @@
+"""Flax layers that run on a kernel, on factors, or on the sum of both.
+
+Each is a subclass of the `flax.linen` layer of the same name and takes the same
+arguments. While its parameters hold a `kernel`, it *is* that layer; when they
+hold `u` and `v` (see `maestro.decompose`) it multiplies with the factors; with
+all three its weight is `kernel + u @ v`. An optional, read-only collection
+`ranks` beside `params` holds the rank to run at:
+
+  model.apply({"params": params, "ranks": {"fc": {"rank": 3}}}, x)
+
+A rank is a run-time value: one compilation serves all of them.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.linear import canonicalize_padding
+
+from maestro import lowrank, ops
+from maestro.lowrank import LayerSpec, LowRankError
+
+# Paths whose rank was read, while `check_ranks` traces a model.
+_read: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar(
+  "ranks_read", default=None
+)
+
+
+def _path(module: nn.Module) -> str:
+  return "/".join(module.path)
+
+
+def _is_factored(module: nn.Module) -> bool:
+  return module.has_variable("params", "u")
+
+
+def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
+  """Reads u, v and the rank (None without a `ranks` collection)."""
+  # Not `param`, which would hold truncated factors to the initial shapes.
+  u = module.get_variable("params", "u")
+  v = module.get_variable("params", "v")
+  if v is None:
+    raise LowRankError(
+      f"layer {_path(module)!r} holds `u` but no `v`; factors come in pairs"
+    )
+  rank = module.get_variable("ranks", "rank")
+  read = _read.get()
+  if rank is not None and read is not None:
+    read.add(_path(module))
+  if rank is not None:
+    lowrank.check_rank(rank, u.shape[-1], _path(module))
+  return u, v, rank
+
+
+def _bias(module: Any, kernel: bool) -> Any:
+  """Bias of a factored layer; the dense part adds it if there is one."""
+  if kernel or not module.use_bias:
+    return None
+  return module.get_variable("params", "bias")
+
+
+def _refuse(module: Any, *names: str) -> None:
+  for name in names:
+    if getattr(module, name) is not None:
+      raise LowRankError(
+        f"layer {_path(module)!r}: `{name}` replaces one product by another,"
+        " but a factored layer has two; leave it out or keep the layer dense"
+      )
+
+
+class Dense(nn.Dense):
+  """`flax.linen.Dense`, dense or factored: u [in, R], v [R, features]."""
+
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    if not _is_factored(self):
+      return super().__call__(inputs)
+    _refuse(self, "dot_general", "dot_general_cls")
+    u, v, rank = _factors(self)
+    dense = self.has_variable("params", "kernel")
+    x, u, v, bias = self.promote_dtype(
+      inputs, u, v, _bias(self, dense), dtype=self.dtype
+    )
+    y = ops.lowrank_dot(
+      x,
+      u,
+      v,
+      rank,
+      bias=bias,
+      precision=self.precision,
+      implementation=self.implementation,
+    )
+    return y + super().__call__(inputs) if dense else y
+
+
+class DenseGeneral(nn.DenseGeneral):
+  """`flax.linen.DenseGeneral`: u [*batch, *in, R], v [*batch, R, *features]."""
+
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    if not _is_factored(self):
+      return super().__call__(inputs)
+    _refuse(self, "dot_general", "dot_general_cls")
+    u, v, rank = _factors(self)
+    dense = self.has_variable("params", "kernel")
+    x, u, v, bias = self.promote_dtype(
+      inputs, u, v, _bias(self, dense), dtype=self.dtype
+    )
+    axis, batch = _general_axes(self, inputs.ndim)
+    rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
+    n = len(batch)
+    x = jnp.transpose(x, (*batch, *rest, *axis))
+    shape = x.shape[: n + len(rest)]
+    outputs = v.shape[n + 1 :]
+    n_in, n_out = math.prod(u.shape[n:-1]), math.prod(outputs)
+    x = x.reshape((*shape, n_in))
+    u = u.reshape((*u.shape[:n], n_in, u.shape[-1]))  # no -1: R may be 0
+    v = v.reshape((*v.shape[: n + 1], n_out))
+
+    def dot(x, u, v, rank):
+      return ops.lowrank_dot(
+        x,
+        u,
+        v,
+        rank,
+        precision=self.precision,
+        implementation=self.implementation,
+      )
+
+    for _ in batch:
+      dot = jax.vmap(dot, in_axes=(0, 0, 0, None if rank is None else 0))
+    y = dot(x, u, v, rank).reshape((*shape, *outputs))
+    if bias is not None:
+      ones = (1,) * len(rest)
+      y += bias.reshape((*bias.shape[:n], *ones, *outputs))
+    return y + super().__call__(inputs) if dense else y
+
+
+def _general_axes(module: nn.DenseGeneral, ndim: int):
+  """(contracted axes, batch axes) of a DenseGeneral, non-negative, sorted."""
+
+  def normal(axes: int | Sequence[int]) -> tuple[int, ...]:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    return tuple(sorted(a % ndim for a in axes))
+
+  return normal(module.axis), normal(module.batch_dims)
+
+
+class Conv(nn.Conv):
+  """`flax.linen.Conv`: u [(G,) *window, in / G, R], v [(G,) R, features / G].
+
+  A kernel `mask` cannot be pushed into factors: such a layer multiplies them
+  out and masks the product, which is right but saves nothing.
+  """
+
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    if not _is_factored(self):
+      return super().__call__(inputs)
+    _refuse(self, "conv_general_dilated", "conv_general_dilated_cls")
+    u, v, rank = _factors(self)
+    dense = self.has_variable("params", "kernel")
+    groups = self.feature_group_count
+    if self.mask is not None:
+      u, v = self._masked_product(u, v, rank)
+      rank, groups = None, 1
+      if dense:
+        raise LowRankError(
+          f"layer {_path(self)!r}: a mask on kernel + u @ v is not supported"
+        )
+    x, u, v, bias = self.promote_dtype(
+      inputs, u, v, _bias(self, dense), dtype=self.dtype
+    )
+    window = (
+      (self.kernel_size,)
+      if isinstance(self.kernel_size, int)
+      else tuple(self.kernel_size)
+    )
+    n = len(window)
+
+    def per_axis(value: int | Sequence[int] | None) -> tuple[int, ...]:
+      value = 1 if value is None else value
+      return (value,) * n if isinstance(value, int) else tuple(value)
+
+    batch = x.shape[: x.ndim - n - 1]
+    x = x.reshape((-1, *x.shape[len(batch) :]))
+    dilation = per_axis(self.kernel_dilation)
+    x, padding = _pad(x, self.padding, window, dilation)
+    y = ops.lowrank_conv(
+      x,
+      u,
+      v,
+      rank,
+      strides=per_axis(self.strides),
+      padding=padding,
+      input_dilation=per_axis(self.input_dilation),
+      kernel_dilation=dilation,
+      groups=groups,
+      bias=bias,
+      precision=self.precision,
+      implementation=self.implementation,
+    )
+    y = y.reshape((*batch, *y.shape[1:]))
+    return y + super().__call__(inputs) if dense else y
+
+  def _masked_product(self, u, v, rank):
+    """Returns factors (masked kernel, identity) of an ungrouped layer."""
+    if self.feature_group_count > 1:
+      raise LowRankError(
+        f"layer {_path(self)!r}: a mask on a grouped, factored convolution is"
+        " not supported; keep the layer dense (Rule(..., decompose=False))"
+      )
+    if rank is not None:
+      u = lowrank.mask_factor(u, "u", rank)
+      v = lowrank.mask_factor(v, "v", rank)
+    kernel = jnp.dot(u, v, precision=self.precision) * self.mask
+    return kernel, jnp.eye(self.features, dtype=kernel.dtype)
+
+
+def _pad(x, padding, window, dilation):
+  """Applies the paddings that Flax has and lax has not."""
+  padding = canonicalize_padding(padding, len(window))
+  spans = [(k - 1) * d for k, d in zip(window, dilation, strict=True)]
+  if padding in ("CIRCULAR", "REFLECT"):
+    pads = [(0, 0), *((s // 2, s - s // 2) for s in spans), (0, 0)]
+    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}[padding]
+    return jnp.pad(x, pads, mode=mode), "VALID"
+  if padding == "CAUSAL":
+    if len(window) != 1:
+      raise ValueError("Causal padding is only implemented for 1D convolutions")
+    return jnp.pad(x, [(0, 0), (spans[0], 0), (0, 0)]), "VALID"
+  return x, padding
+
+
+class Embed(nn.Embed):
+  """`flax.linen.Embed`, dense or factored: u [num, R], v [R, features]."""
+
+  implementation: str | None = None
+
+  # Flax's Embed makes its table in `setup`, where only `param` can be used.
+  # Here the table is looked up when needed, so that factors can replace it.
+  def setup(self):
+    if not _is_factored(self) or self.has_variable("params", "embedding"):
+      super().setup()
+
+  def _masked_factors(self):
+    u, v, rank = _factors(self)
+    if rank is not None:
+      u = lowrank.mask_factor(u, "u", rank)
+      v = lowrank.mask_factor(v, "v", rank)
+    return u, v
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    if not _is_factored(self):
+      return super().__call__(inputs)
+    if not jnp.issubdtype(inputs.dtype, jnp.integer):
+      raise ValueError("Input type must be an integer or unsigned integer.")
+    u, v = self._masked_factors()
+    u, v = self.promote_dtype(u, v, dtype=self.dtype, inexact=False)
+    if self.num_embeddings == 1:
+      rows = jnp.broadcast_to(u, (*inputs.shape, u.shape[-1]))
+    else:
+      rows = jnp.take(u, inputs, axis=0)
+    y = jnp.dot(rows, v)
+    if self.has_variable("params", "embedding"):
+      y += super().__call__(inputs)
+    return y
+
+  def attend(self, query: jax.Array) -> jax.Array:
+    if not _is_factored(self):
+      return super().attend(query)
+    u, v = self._masked_factors()
+    x, u, v = self.promote_dtype(query, u, v, dtype=self.dtype)
+    y = jnp.dot(jnp.dot(x, v.T), u.T)
+    if self.has_variable("params", "embedding"):
+      y += super().attend(query)
+    return y
+
+
+def max_pool(x: jax.Array, window: int) -> jax.Array:
+  """Takes the maximum over disjoint windows: [b, h, w, c] -> h, w / window.
+
+  The same values as `flax.linen.max_pool` with equal window and strides, by a
+  reshape: XLA's gradient of a windowed maximum is slow on CPUs. Rows and
+  columns that do not fill a window are dropped, as with "VALID" padding.
+  """
+  b, h, w, c = x.shape
+  h, w = h // window, w // window
+  x = x[:, : h * window, : w * window]
+  return x.reshape((b, h, window, w, window, c)).max((2, 4))
+
+
+# ---------------------------------------------------------------------------
+# Reading a model
+# ---------------------------------------------------------------------------
+
+
+def _spec(module: nn.Module, x: jax.Array, y: jax.Array) -> LayerSpec | None:
+  """Describes a layer from its attributes and its input and output shapes."""
+  if isinstance(module, nn.Conv):
+    window = module.kernel_size
+    window = (window,) if isinstance(window, int) else tuple(window)
+    g = module.feature_group_count
+    # All axes of one example; without a batch axis, y is one example.
+    space = y.shape[y.ndim > len(window) + 1 : -1]
+    return LayerSpec(
+      "conv",
+      (*window, x.shape[-1] // g),
+      (module.features // g,),
+      groups=(g,) if g > 1 else (),
+      positions=math.prod(space),
+    )
+  if isinstance(module, nn.Embed):
+    return LayerSpec(
+      "embed",
+      (module.num_embeddings,),
+      (module.features,),
+      positions=0,
+      lookups=math.prod(x.shape[1:]),
+    )
+  if isinstance(module, nn.DenseGeneral):
+    axis, batch = _general_axes(module, x.ndim)
+    features = module.features
+    rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
+    return LayerSpec(
+      "dense",
+      tuple(x.shape[a] for a in axis),
+      (features,) if isinstance(features, int) else tuple(features),
+      groups=tuple(x.shape[a] for a in batch),
+      positions=math.prod(x.shape[a] for a in rest if a != 0),
+    )
+  if isinstance(module, nn.Dense):
+    return LayerSpec(
+      "dense",
+      (x.shape[-1],),
+      (module.features,),
+      positions=math.prod(x.shape[1:-1]),
+    )
+  return None
+
+
+def layers(model: nn.Module, *inputs: Any, **kwargs: Any):
+  """Lists the linear maps of a model: {path: LayerSpec}, in order of use.
+
+  Runs the model's `init` abstractly (nothing is computed) on example inputs,
+  whose first axis is the batch. Layers are Dense, DenseGeneral, Conv and Embed
+  of this module or of `flax.linen`.
+
+  A layer that is called several times adds up its positions. Under `nn.scan`
+  or `nn.vmap` with parameters stacked on axis 0, a layer is listed once, with
+  the stacked sizes in `stack`; a layer whose one set of parameters is reused by
+  every step of a scan counts as one call.
+
+  Args:
+    model: a Flax Linen module.
+    *inputs: example inputs, arrays or `jax.ShapeDtypeStruct`s.
+    **kwargs: passed on to the model, e.g. train=False.
+  """
+  records: dict[str, list[LayerSpec]] = {}
+
+  def record(next_call, args, kwargs, context):
+    y = next_call(*args, **kwargs)
+    module, method = context.module, context.method_name
+    path = _path(module)
+    if method == "__call__" and args:
+      spec = _spec(module, args[0], y)
+      if spec is not None:
+        records.setdefault(path, []).append(spec)
+    elif method == "attend" and isinstance(module, nn.Embed):
+      spec = LayerSpec(
+        "embed",
+        (module.num_embeddings,),
+        (module.features,),
+        positions=math.prod(args[0].shape[1:-1]),
+      )
+      records.setdefault(path, []).append(spec)
+    return y
+
+  # Through the interceptor, also a subclass's super().__call__ is seen: the
+  # same module within the same call must count once.
+  def init(*inputs):
+    with nn.intercept_methods(_outermost(record)):
+      return model.init(jax.random.key(0), *inputs, **kwargs)
+
+  params = jax.eval_shape(init, *inputs).get("params", {})
+  found = {}
+  for path, calls in records.items():
+    spec = calls[0]
+    node = lowrank.get(params, path)
+    kernel = node.get(spec.weight) if node else None
+    if kernel is None:
+      continue
+    shape = tuple(kernel.shape)
+    stack = shape[: len(shape) - len(spec.kernel_shape)]
+    if shape != (*stack, *spec.kernel_shape):
+      raise LowRankError(
+        f"layer {path!r}: its kernel is {shape}, of which {spec.kernel_shape}"
+        " was expected to be the last axes; stack scanned parameters on axis 0"
+      )
+    counted = calls[:1] if stack else calls  # scan may trace its body twice
+    found[path] = LayerSpec(
+      spec.kind,
+      spec.inputs,
+      spec.outputs,
+      stack=stack,
+      groups=spec.groups,
+      positions=sum(call.positions for call in counted),
+      lookups=sum(call.lookups for call in counted),
+    )
+  return found
+
+
+def _outermost(interceptor):
+  """Hides calls of a module's own method from within that same method."""
+  active: list[tuple[int, str]] = []
+
+  def intercept(next_call, args, kwargs, context):
+    call = (id(context.module), context.method_name)
+    if call in active:
+      return next_call(*args, **kwargs)
+    active.append(call)
+    try:
+      return interceptor(next_call, args, kwargs, context)
+    finally:
+      active.pop()
+
+  return intercept
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[set[str]]:
+  paths: set[str] = set()
+  token = _read.set(paths)
+  try:
+    yield paths
+  finally:
+    _read.reset(token)
+
+
+def check_ranks(
+  model: nn.Module, variables: Any, ranks: Any, *inputs: Any, **kwargs: Any
+) -> None:
+  """Raises if the model would not read one of the ranks, under eval_shape.
+
+  A mistyped path, or `ranks` missing from a scan's `variable_axes`, would
+  otherwise run at full rank without a word.
+
+  Raises:
+    LowRankError: names the layers whose rank is not read.
+  """
+  with _recording() as read:
+    jax.eval_shape(
+      lambda v, r, *x: model.apply({**v, "ranks": r}, *x, **kwargs),
+      variables,
+      ranks,
+      *inputs,
+    )
+  unread = sorted(set(lowrank.flatten_ranks(ranks)) - read)
+  if unread:
+    raise LowRankError(
+      f"ranks of {unread} are read by no layer, which would run at full rank;"
+      " check the path, that the layer is of maestro.nn, and that a scan has"
+      ' variable_axes={"params": 0, "ranks": 0}'
+    )
+
+
+__all__ = [
+  "Conv",
+  "Dense",
+  "DenseGeneral",
+  "Embed",
+  "check_ranks",
+  "layers",
+  "max_pool",
+]

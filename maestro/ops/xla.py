@@ -1,0 +1,84 @@
+"""Low-rank products in plain XLA: they define the semantics.
+
+A traced rank masks both factors, so that numbers beyond the rank, NaN too,
+reach neither the output nor a gradient. It costs the full rank; what is
+smaller in the arrays is also faster.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from maestro.lowrank import mask_factor
+
+
+def _add_bias(y, bias):
+  if bias is None:
+    return y
+  return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def dot(x, u, v, rank, *, bias, precision):
+  """See `maestro.ops.lowrank_dot`; rank is None or an int32 scalar."""
+  if rank is not None:
+    u, v = mask_factor(u, "u", rank), mask_factor(v, "v", rank)
+  h = jnp.dot(x, u, precision=precision)
+  y = jnp.dot(h, v, precision=precision)
+  return _add_bias(y, bias)
+
+
+def conv(
+  x,
+  u,
+  v,
+  rank,
+  *,
+  strides,
+  padding,
+  input_dilation,
+  kernel_dilation,
+  groups,
+  bias,
+  precision,
+):
+  """See `maestro.ops.lowrank_conv`; rank is None, or int32 () or [G]."""
+  if rank is not None:
+    u, v = mask_factor(u, "u", rank), mask_factor(v, "v", rank)
+  if groups > 1:  # [G, *window, in / G, R] -> [*window, in / G, G R]
+    rank_axis = u.shape[-1]  # no -1 in a reshape: it may be 0
+    u = jnp.moveaxis(u, 0, -2)
+    u = u.reshape((*u.shape[:-2], groups * rank_axis))
+  last = x.ndim - 1
+  space = tuple(range(1, last))
+  numbers = lax.ConvDimensionNumbers(
+    lhs_spec=(0, last, *space),
+    rhs_spec=(last, last - 1, *range(last - 1)),
+    out_spec=(0, last, *space),
+  )
+
+  def convolve(x, u):
+    return lax.conv_general_dilated(
+      x,
+      u,
+      strides,
+      padding,
+      lhs_dilation=input_dilation,
+      rhs_dilation=kernel_dilation,
+      dimension_numbers=numbers,
+      feature_group_count=groups,
+      precision=precision,
+    )
+
+  if u.shape[-1]:
+    h = convolve(x, u)
+  else:  # XLA has no convolution to zero channels, but it has its shape
+    wide = jax.ShapeDtypeStruct((*u.shape[:-1], groups), u.dtype)
+    shape = jax.eval_shape(convolve, x, wide).shape
+    h = jnp.zeros((*shape[:-1], 0), jnp.result_type(x, u))
+  if groups > 1:
+    h = h.reshape((*h.shape[:-1], groups, rank_axis))
+    y = jnp.einsum("...gr,gro->...go", h, v, precision=precision)
+    y = y.reshape((*y.shape[:-2], groups * v.shape[-1]))
+  else:
+    y = jnp.dot(h, v, precision=precision)
+  return _add_bias(y, bias)
