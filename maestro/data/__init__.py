@@ -1,0 +1,78 @@
+"""Data sets by name, in host memory, and the order to read them in.
+
+A data set that fits is loaded whole; batches are gathered and preprocessed on
+device. Nothing here downloads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+
+import jax
+import jax.numpy as jnp
+
+from maestro.data import digits, image, synthetic
+from maestro.data.dataset import DataError, Dataset, Split
+
+__all__ = ["DATASETS", "DataError", "Dataset", "Split", "epoch_order", "make"]
+
+DATASETS = {
+  "digits": digits.load,
+  "fashion_mnist": image.fashion_mnist,
+  "linear": synthetic.linear,
+  "mnist": image.mnist,
+}
+
+
+def make(
+  name: str, *, data_dir: str | os.PathLike | None = None, **options
+) -> Dataset:
+  """Load a data set by its name, as `make(**config.data)`.
+
+  Args:
+    name: A key of `DATASETS`.
+    data_dir: Where prepared data sets are. None: the environment variable
+      TFDS_DATA_DIR, else ~/tensorflow_datasets. Sets without files ignore it.
+    **options: The keyword arguments of `DATASETS[name]`; None means default.
+
+  Raises:
+    DataError: If the name or an option is unknown, an option is out of range,
+      or the data cannot be read.
+  """
+  if name not in DATASETS:
+    raise DataError(
+      f"config.data.name={name!r} is unknown."
+      f"{_did_you_mean(name, DATASETS)} Known: {', '.join(DATASETS)}"
+    )
+  load = DATASETS[name]
+  accepted = inspect.signature(load).parameters
+  for key in options:
+    if key not in accepted:
+      raise DataError(
+        f"config.data.{key} is not an option of {name!r}."
+        f"{_did_you_mean(key, accepted)}"
+        f" Accepted: {', '.join(accepted) or 'none'}"
+      )
+  if "data_dir" in accepted:
+    options["data_dir"] = data_dir
+  return load(**{k: v for k, v in options.items() if v is not None})
+
+
+def epoch_order(
+  seed: int | jax.Array, epoch: int | jax.Array, size: int
+) -> jax.Array:
+  """Return the order of an epoch's examples: a permutation [size], int32.
+
+  A pure function of (seed, epoch), so that every host and every resumed run
+  sees the same order. Only `size` has to be static under `jit`.
+  """
+  # The generator is named, so that a global JAX option cannot change the order.
+  key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), epoch)
+  return jax.random.permutation(key, jnp.arange(size, dtype=jnp.int32))
+
+
+def _did_you_mean(word, known):
+  close = difflib.get_close_matches(str(word), known, n=1)
+  return f" Did you mean {close[0]!r}?" if close else ""
