@@ -1,0 +1,102 @@
+"""Trains a network from a config: python -m maestro.main --config=FILE.
+
+The same command resumes an interrupted run; a finished one says so. SIGTERM
+saves the state and exits with code 75.
+
+  python -m maestro.main --config=configs/digits_od.py
+  python -m maestro.main --config=configs/lenet_od.py --config.discover.lam=1e-3
+  python -m maestro.main --config=configs/lenet_od.py:smoke --workdir=runs/try
+  python -m maestro.main --config=configs/lenet_od.py --config.method=dense \
+      --workdir=runs/lenet_dense
+  python -m maestro.main --workdir=runs/try --evaluate
+
+Variants of a config follow a colon, separated by commas (:paper,smoke); any key
+of it can be set by --config.KEY=VALUE. The workdir gets config.json,
+metrics.jsonl, checkpoints/, tensorboard/, results.json and report/.
+"""
+
+import errno
+import json
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from maestro.errors import UserError
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, with variants after a colon."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Directory of the run; the default is runs/<name of the config>.",
+)
+_EVALUATE = flags.DEFINE_bool(
+  "evaluate",
+  False,
+  "Evaluate the newest checkpoint of --workdir, without training.",
+)
+
+
+def default_workdir(config: str) -> pathlib.Path:
+  """Turns "configs/lenet_od.py:paper,smoke" into runs/lenet_od_paper_smoke."""
+  file, _, variants = config.partition(":")
+  name = pathlib.Path(file).stem
+  return pathlib.Path("runs") / "_".join([name, *filter(None, [variants])])
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, runs, and turns errors of the user into one line."""
+  # Imported here, so that --help and a mistyped flag answer at once.
+  from maestro import train
+
+  if flags.FLAGS["verbosity"].using_default_value:
+    logging.set_verbosity(logging.WARNING)
+  if argv[1:]:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  if _CONFIG.value is None and not (_EVALUATE.value and _WORKDIR.value):
+    raise app.UsageError("--config=FILE is missing, e.g. configs/digits_od.py")
+  workdir = _WORKDIR.value
+  if workdir is None:
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = default_workdir(name)
+  if _EVALUATE.value:
+    print(json.dumps(train.evaluate_workdir(workdir), indent=1))
+    return
+  train.train(_CONFIG.value.to_dict(), workdir)
+
+
+def run() -> None:
+  """Entry point of the command line."""
+  from maestro import train
+
+  try:
+    app.run(main)
+  except train.Interrupted as stop:
+    print(f"{stop}; saved. Run the same command again to go on.")
+    sys.exit(EXIT_INTERRUPTED)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except OSError as error:
+    if error.errno not in (
+      errno.ENOSPC,
+      errno.EACCES,
+      errno.EROFS,
+      errno.EFBIG,
+    ):
+      raise
+    print(
+      f"error: cannot write {error.filename}: {error.strerror}; free space or"
+      " choose another --workdir, then run the same command again",
+      file=sys.stderr,
+    )
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,852 @@
+"""The training loop: discover ranks, settle at them, report what was kept.
+
+`train(config, workdir)` reads from top to bottom; what a reader would skip is
+in the helpers below it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maestro import checkpoint, cost, lowrank, metrics, nn, optim, report
+from maestro import data as data_lib
+from maestro.config import (
+  Config,
+  ConfigError,
+  Phase,
+  bind,
+  choose,
+  parse,
+  parse_rules,
+)
+from maestro.errors import UserError
+from maestro.evaluate import make_evaluate
+from maestro.models import MODELS
+from maestro.sampling import SAMPLERS
+from maestro.sharding import make_mesh, replicate
+from maestro.step import TrainState, make_dispatch, make_step, zero_metrics
+
+
+class TrainingError(UserError):
+  """Training cannot go on; says where it stopped and what can be resumed."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+  """SIGTERM came; the state is saved, and the same command resumes."""
+
+
+@dataclasses.dataclass
+class Ledger:
+  """What a run counts on the host; saved with every checkpoint.
+
+  Attributes:
+    programs: train steps and evaluations compiled so far, by form. A resumed
+      process compiles again, which is not counted.
+    macs: multiply-accumulates of all training steps: a forward and a backward
+      pass taken as three forward passes, at the ranks that are stored.
+    examples: training examples seen.
+    train_seconds: time in training steps.
+    wall_seconds: time of the whole run, less what killed processes lost.
+    alarms: what a user should know, in words.
+  """
+
+  programs: list[str] = dataclasses.field(default_factory=list)
+  macs: int = 0
+  examples: int = 0
+  train_seconds: float = 0.0
+  wall_seconds: float = 0.0
+  alarms: list[str] = dataclasses.field(default_factory=list)
+
+  def compiles(self, name: str) -> None:
+    if name not in self.programs:
+      self.programs.append(name)
+
+
+def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
+  """Runs, or resumes, the training that a config describes.
+
+  Args:
+    config: nested mapping, see `maestro.config.Config`.
+    workdir: directory of the run. If it holds a checkpoint of the same config,
+      the run resumes from it; a finished run is reported and left as it is.
+
+  Returns:
+    The content of `results.json`.
+
+  Raises:
+    UserError: bad config, data, checkpoint or workdir, or a loss that is not
+      finite. Nothing that was saved before is lost.
+    Interrupted: SIGTERM came and the state was saved.
+  """
+  started = time.monotonic()
+  c = parse(config)
+  workdir = pathlib.Path(workdir)
+
+  # --- Model and optimizer (wrong options fail here, before data is read) ----
+  mesh = make_mesh(c.num_devices)
+  samplers = {p: _sampler(c, p) for p in ("discover", "settle")}
+  rules = parse_rules(c.rules)
+  dataset = data_lib.make(**c.data)
+  model = make_model(c, dataset)
+  steps_per_epoch = _steps_per_epoch(c, len(dataset.train), mesh.size)
+  epochs = c.discover.epochs + c.settle.epochs
+  total_steps = epochs * steps_per_epoch
+  end_of_discover = c.discover.epochs * steps_per_epoch
+  schedule = optim.make_schedule(
+    [(p, getattr(c, p).epochs, getattr(c, p).schedule) for p in samplers],
+    steps_per_epoch,
+  )
+  tx = optim.make(c.optimizer, schedule)
+  example = _example(dataset)
+  layers = nn.layers(model, example)
+  if c.method == "dense":
+    rules = []
+  lowrank.resolve(rules, layers)
+  dense_cost = cost.count_cost(layers, _dense_params(model, example)["params"])
+
+  finished = _open_workdir(workdir, config)
+  if finished is not None:
+    print(f"{workdir}: this run is finished. Its results:\n")
+    print(report.layer_table(finished))
+    return finished
+
+  # --- Programs ----------------------------------------------------------------
+  evaluate = make_evaluate(
+    model,
+    loss=c.loss,
+    preprocess=dataset.preprocess,
+    batch_size=_evaluation_batch(c.batch_size, mesh.size),
+    mesh=mesh,
+  )
+
+  @functools.cache
+  def dispatch(phase_name: str, steps: int) -> Callable:
+    phase = getattr(c, phase_name)
+    step = make_step(
+      model,
+      tx,
+      loss=c.loss,
+      preprocess=dataset.preprocess,
+      sampler=samplers[phase_name],
+      batch_size=c.batch_size,
+      steps_per_epoch=steps_per_epoch,
+      lam=phase.lam if rules else 0.0,
+      lasso=c.lasso,
+      full_pass=c.full_pass,
+      mesh=mesh,
+    )
+    return make_dispatch(step, steps)
+
+  on_cpu = jax.default_backend() == "cpu"
+  steps_per_dispatch = c.steps_per_dispatch or (1 if on_cpu else 16)
+  macs_per_example = 3 * (1 if c.full_pass is None else 2)
+
+  with (
+    checkpoint.Checkpoints(
+      workdir / "checkpoints",
+      keep=c.checkpoint.keep,
+      keep_steps=[end_of_discover] if c.discover.epochs else [],
+    ) as checkpoints,
+    _sigterm() as stop_asked,
+  ):
+    # --- State: the newest checkpoint, or a new one ----------------------------
+    new_state = functools.partial(_new_state, c, tx)
+    first_step = checkpoints.latest or 0
+    if checkpoints.latest is None:
+      ledger = Ledger()
+      state = new_state(*_initial(c, model, rules, layers, example))
+      _write_spectra(workdir, "start", state)
+    else:
+      state, extra = _restore(checkpoints, new_state)
+      ledger = Ledger(**extra["ledger"])
+      print(f"{workdir}: resuming from step {first_step} of {total_steps}")
+    if state.ranks:
+      nn.check_ranks(model, _variables(state), state.ranks, example)
+    state = replicate(state, mesh)
+    arrays = {"inputs": dataset.train.inputs, "targets": dataset.train.targets}
+    arrays = replicate(arrays, mesh)
+
+    writer = metrics.Writer(
+      workdir, total_steps=total_steps, resume_step=first_step
+    )
+    with writer:
+      wall_before = ledger.wall_seconds
+
+      def save(state: TrainState) -> None:
+        ledger.wall_seconds = wall_before + time.monotonic() - started
+        extra = {"ledger": dataclasses.asdict(ledger)}
+        checkpoints.save(int(state.step), state, extra)
+
+      step = first_step
+      if step == 0:
+        start = _rank_record(layers, state) | {
+          "phase": int(not end_of_discover)
+        }
+        writer.write(0, 0, start)
+      for epoch in range(first_step // steps_per_epoch, epochs):
+        name = "discover" if epoch < c.discover.epochs else "settle"
+        phase: Phase = getattr(c, name)
+        epoch_end = (epoch + 1) * steps_per_epoch
+
+        # --- Entering settle: cut factors to the ranks that were found ---------
+        if name == "settle" and step == end_of_discover:
+          state = replicate(_truncate(c, tx, state), mesh)
+
+        # --- One epoch of steps ------------------------------------------------
+        stored_macs = cost.count_cost(layers, state.params).macs
+        ledger.compiles(f"{name} step, {_form(state.params)}")
+        order = data_lib.epoch_order(c.seed, epoch, len(dataset.train))
+        data = arrays | {"order": replicate(order, mesh)}
+        ranks = jax.device_get(state.ranks)
+        epoch_start, epoch_started = step, time.monotonic()
+        previous = window = None
+        while step < epoch_end:
+          n = min(steps_per_dispatch, epoch_end - step)
+          if c.log_every_steps:
+            n = min(n, c.log_every_steps - step % c.log_every_steps)
+          state, step_losses = dispatch(name, n)(state, data)
+          step += n
+          # The host reads one dispatch late, so that the device never waits.
+          if previous is not None:
+            loss = _finite(previous, step - n, checkpoints)
+            speed = (
+              (step - epoch_start)
+              * c.batch_size
+              / (time.monotonic() - epoch_started)
+            )
+            writer.progress(
+              step,
+              f"epoch {epoch + 1}/{epochs} {name} loss {loss:.3f}"
+              f"{_rank_text(ranks, state.params)}",
+              examples_per_second=speed,
+            )
+          if window is not None:
+            writer.write(*window[:2], _means(window[2]) | window[3])
+            window = None
+          previous = step_losses
+          if (
+            c.log_every_steps
+            and step % c.log_every_steps == 0
+            and step < epoch_end
+          ):
+            rate = {"learning_rate": float(schedule(step - 1))}
+            window = step, epoch + 1, state.metrics, rate
+            state = state.replace(metrics=replicate(zero_metrics(c.loss), mesh))
+          if stop_asked() and step < epoch_end:
+            break
+        loss = _finite(previous, step, checkpoints)
+        if window is not None:
+          writer.write(*window[:2], _means(window[2]) | window[3])
+        seconds = time.monotonic() - epoch_started
+        examples = (step - epoch_start) * c.batch_size
+        ledger.macs += macs_per_example * examples * stored_macs
+        ledger.examples += examples
+        ledger.train_seconds += seconds
+        if step < epoch_end:
+          save(state)
+          raise Interrupted(f"stopped at step {step} of {total_steps}")
+
+        # --- Epoch end: shrink, perhaps cut ------------------------------------
+        record = _means(state.metrics)
+        _check_finite_window(record, step, checkpoints)
+        state = state.replace(metrics=replicate(zero_metrics(c.loss), mesh))
+        if state.ranks and phase.shrink:
+          state = _shrink(state, c.threshold)
+          if _worth_cutting(c, ledger, layers, state, epoch):
+            state = replicate(_truncate(c, tx, state), mesh)
+        if step == end_of_discover and state.ranks:
+          _write_spectra(workdir, "end of discover", state)
+        for alarm in _alarms(c, rules, layers, state, step == end_of_discover):
+          if alarm not in ledger.alarms:
+            ledger.alarms.append(alarm)
+            writer.message(f"alarm: {alarm}")
+
+        # --- Evaluate, log, save -----------------------------------------------
+        last = epoch + 1 == epochs
+        landmark = last or step == end_of_discover
+        if landmark or (epoch + 1) % c.eval_every_epochs == 0:
+          ledger.compiles(f"evaluate, {_form(state.params)}")
+          values = evaluate(_variables(state), dataset.val)
+          record |= {f"val/{key}": value for key, value in values.items()}
+          _check_finite_window(record, step, checkpoints)
+        record |= _rank_record(layers, state) | {
+          "learning_rate": float(schedule(step - 1)),
+          "examples_per_second": examples / seconds,
+          "phase": int(name == "settle"),
+        }
+        writer.write(step, epoch + 1, record)
+        writer.progress(
+          step,
+          f"epoch {epoch + 1}/{epochs} {name} loss {loss:.3f}"
+          + "".join(
+            f" {key} {record[key]:.4f}"
+            for key in ("val/loss", "val/accuracy")
+            if key in record
+          )
+          + _rank_text(jax.device_get(state.ranks), state.params),
+          examples_per_second=examples / seconds,
+        )
+        every = (epoch + 1) % c.checkpoint.every_epochs == 0
+        if landmark or every or stop_asked():
+          save(state)
+        if stop_asked() and not last:
+          raise Interrupted(f"stopped at step {step} of {total_steps}")
+
+    # --- The final model: exact ranks, merged where dense is cheaper -----------
+    final = lowrank.extract(state.params, state.ranks, layers)
+    variables = _variables(state) | {"params": final}
+    ledger.compiles(f"evaluate, {_form(final)}")
+    val = evaluate(variables, dataset.val)
+    test = evaluate(variables, dataset.test)
+    _write_spectra(workdir, "final", state)
+    ledger.wall_seconds = wall_before + time.monotonic() - started
+    results = _results(
+      config, c, ledger, layers, dense_cost, final, state, val, test
+    )
+    _write_json(workdir / "results.json", results)
+    report.figures(workdir)
+    print(f"\n{report.layer_table(results)}\n\n{workdir}: finished")
+    return results
+
+
+def evaluate_workdir(workdir: str | os.PathLike) -> dict[str, dict]:
+  """Evaluates the newest checkpoint of a run, cut to its ranks; no training.
+
+  Returns:
+    {"val": {metric: value}, "test": ..., "params": n, "macs": n, "step": n}.
+
+  Raises:
+    UserError: there is no run, or its checkpoint is broken.
+  """
+  workdir = pathlib.Path(workdir)
+  path = workdir / "config.json"
+  if not path.exists():
+    raise TrainingError(
+      f"{path} is missing: --workdir must name the directory of a run"
+    )
+  c = parse(_read_json(path))
+  dataset = data_lib.make(**c.data)
+  model = make_model(c, dataset)
+  mesh = make_mesh(c.num_devices)
+  layers = nn.layers(model, _example(dataset))
+  directory = workdir / "checkpoints"
+  params, batch_stats, ranks, _ = checkpoint.load_params(directory)
+  final = lowrank.extract(params, ranks, layers)
+  variables: dict[str, Any] = {"params": final}
+  if batch_stats:
+    variables["batch_stats"] = batch_stats
+  variables = replicate(variables, mesh)
+  evaluate = make_evaluate(
+    model,
+    loss=c.loss,
+    preprocess=dataset.preprocess,
+    batch_size=_evaluation_batch(c.batch_size, mesh.size),
+    mesh=mesh,
+  )
+  size = cost.count_cost(layers, final)
+  return {
+    "step": max(int(p.name) for p in directory.iterdir() if p.name.isdigit()),
+    "params": size.params,
+    "macs": size.macs,
+    "val": evaluate(variables, dataset.val),
+    "test": evaluate(variables, dataset.test),
+  }
+
+
+# ---------------------------------------------------------------------------
+# Set-up
+# ---------------------------------------------------------------------------
+
+
+def make_model(c: Config, dataset: data_lib.Dataset) -> Any:
+  """Builds config.model for a data set."""
+  where = "config.model"
+  cls, options = choose(MODELS, c.model, where)
+  given = {}
+  if "num_classes" in cls.__dataclass_fields__:
+    if dataset.num_classes is None:
+      raise ConfigError(
+        f"{where}.name: {c.model['name']!r} classifies, but the targets of"
+        f" {dataset.name!r} are not classes"
+      )
+    given = {"num_classes": dataset.num_classes}
+  if (dataset.num_classes is None) == (c.loss == "cross_entropy"):
+    raise ConfigError(
+      f"config.loss: {c.loss!r} does not fit the targets of {dataset.name!r};"
+      ' classes need "cross_entropy", vectors "squared_error"'
+    )
+  return cls(**bind(cls, options, where, tuple(given)), **given)
+
+
+def _sampler(c: Config, phase: str) -> Callable:
+  where = f"config.{phase}.sampler"
+  function, options = choose(SAMPLERS, getattr(c, phase).sampler, where)
+  options = bind(function, options, where, ("key", "ranks"))
+  sampler = functools.partial(function, **options)
+  try:  # a wrong value shows now, not within the first step
+    sampler(jax.random.key(0), {"rank": jnp.ones((), jnp.int32)})
+  except ValueError as error:
+    raise ConfigError(f"{where}: {error}") from error
+  return sampler
+
+
+def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
+  if c.batch_size > n:
+    raise ConfigError(
+      f"config.batch_size: {c.batch_size} is larger than the training split of"
+      f" {c.data['name']!r}, {n} examples"
+    )
+  if c.batch_size % devices:
+    raise ConfigError(
+      f"config.batch_size: {c.batch_size} cannot be split over {devices}"
+      " devices; change it or config.num_devices"
+    )
+  return n // c.batch_size
+
+
+def _evaluation_batch(batch_size: int, devices: int) -> int:
+  """Large enough to be fast; a multiple of the number of devices."""
+  return -(-max(batch_size, 500) // devices) * devices
+
+
+def _example(dataset: data_lib.Dataset) -> jax.ShapeDtypeStruct:
+  """Returns the abstract value of one preprocessed example, batch axis 1."""
+  inputs = dataset.train.inputs
+  return jax.eval_shape(
+    dataset.preprocess,
+    jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype),
+  )
+
+
+def _dense_params(model: Any, example: jax.ShapeDtypeStruct) -> Any:
+  return jax.eval_shape(model.init, jax.random.key(0), example)
+
+
+def _initial(c: Config, model: Any, rules, layers, example):
+  """Returns params, batch_stats and ranks to start from."""
+  key, _ = jax.random.split(jax.random.key(c.seed))
+  if c.init_from is None:
+    inputs = jnp.zeros(example.shape, example.dtype)
+    variables = jax.jit(model.init)(key, inputs)
+    params, stats = variables["params"], variables.get("batch_stats", {})
+  else:
+    source = pathlib.Path(c.init_from)
+    if not (source / "checkpoints").is_dir():
+      raise ConfigError(
+        f"config.init_from: {source} is no workdir of a run (it has no"
+        " checkpoints/)"
+      )
+    params, stats, ranks, _ = checkpoint.load_params(source / "checkpoints")
+    params = jax.tree.map(jnp.asarray, params)
+    # The function that the other run learnt, at its ranks, as dense kernels.
+    params = lowrank.merge(lowrank.truncate(params, ranks), layers)
+    _check_same_shapes(params, _dense_params(model, example)["params"], source)
+  params = lowrank.decompose(params, rules, layers)
+  return params, stats, lowrank.full_ranks(params, layers)
+
+
+def _check_same_shapes(params: Any, wanted: Any, source: pathlib.Path) -> None:
+  def shapes(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+
+  found, wanted = shapes(params), shapes(wanted)
+  for path in sorted(found.keys() | wanted.keys()):
+    if found.get(path) != wanted.get(path):
+      raise ConfigError(
+        f"config.init_from: {source} does not fit this model: parameter"
+        f" {path!r} is {found.get(path, 'absent')} there and"
+        f" {wanted.get(path, 'absent')} here"
+      )
+
+
+def _new_state(c: Config, tx, params, batch_stats, ranks) -> TrainState:
+  _, key = jax.random.split(jax.random.key(c.seed))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=tx.init(params),
+    ranks=ranks,
+    key=jax.random.key_data(key),
+    metrics=zero_metrics(c.loss),
+  )
+
+
+def _restore(checkpoints, new_state) -> tuple[TrainState, dict]:
+  """Loads the newest checkpoint; its metadata tells the factors' shapes."""
+  step = checkpoints.latest
+  shapes, _ = checkpoints.shapes(step)
+  abstract = jax.eval_shape(
+    new_state, shapes["params"], shapes["batch_stats"], shapes["ranks"]
+  )
+  return checkpoints.load(step, abstract)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+  """Yields a function that tells whether SIGTERM has come."""
+  asked = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield asked.is_set
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+  try:
+    yield asked.is_set
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+# ---------------------------------------------------------------------------
+# Shrinking and cutting
+# ---------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="threshold", donate_argnums=0)
+def _shrink(state: TrainState, threshold: float) -> TrainState:
+  """Lowers ranks and zeroes what falls beyond them, momentum included.
+
+  Zeroes stay zero: their gradients, penalty and decay are zero. So a component
+  that is given up cannot come back, and cutting it off changes nothing.
+  """
+  ranks = lowrank.shrink(state.params, state.ranks, threshold)
+  return state.replace(
+    ranks=ranks,
+    params=lowrank.mask(state.params, ranks),
+    opt_state=optim.mask(state.opt_state, state.params, ranks),
+  )
+
+
+def _truncate(c: Config, tx, state: TrainState) -> TrainState:
+  """Cuts parameters and optimizer state to the current ranks."""
+  if not state.ranks:
+    return state
+  ranks = jax.device_get(state.ranks)
+  multiple = c.truncate.multiple_of
+  return state.replace(
+    params=lowrank.truncate(state.params, ranks, multiple),
+    opt_state=optim.truncate(
+      tx, state.opt_state, state.params, ranks, multiple
+    ),
+  )
+
+
+def _worth_cutting(
+  c: Config, ledger: Ledger, layers, state: TrainState, epoch: int
+) -> bool:
+  """True if a cut now saves enough MACs and its compilations are allowed."""
+  discovering = epoch < c.discover.epochs
+  phase_end = c.discover.epochs if discovering else epochs_of(c)
+  if epoch + 1 >= phase_end:
+    return False  # settling cuts anyway, and after the end nothing runs
+  # A step and an evaluation now, again when settling, and the final model.
+  needed = 2 + (2 if discovering and c.settle.epochs else 0) + 1
+  if len(ledger.programs) + needed > c.truncate.max_compilations:
+    return False
+  ranks = jax.device_get(state.ranks)
+  small = jax.eval_shape(
+    lambda p: lowrank.truncate(p, ranks, c.truncate.multiple_of), state.params
+  )
+  stored = cost.count_cost(layers, state.params).macs
+  left = cost.count_cost(layers, small).macs
+  return stored - left >= c.truncate.min_saving * stored
+
+
+def epochs_of(c: Config) -> int:
+  """Returns the epochs of a whole run."""
+  return c.discover.epochs + c.settle.epochs
+
+
+def _form(params: Any) -> str:
+  """Names the shapes of a parameter tree by its stored ranks."""
+  paths = lowrank.factored(params)
+  return "ranks " + ",".join(
+    f"{path}:{node['u'].shape[-1]}" for path, node in paths.items()
+  )
+
+
+# ---------------------------------------------------------------------------
+# What is told
+# ---------------------------------------------------------------------------
+
+
+def _variables(state: TrainState) -> dict[str, Any]:
+  variables = {"params": state.params}
+  if state.batch_stats:
+    variables["batch_stats"] = state.batch_stats
+  return variables
+
+
+def _means(sums: Mapping[str, jax.Array]) -> dict[str, float]:
+  """Turns the sums of a window of steps into means per step."""
+  host = {name: float(x) for name, x in jax.device_get(dict(sums)).items()}
+  steps = max(host.pop("steps"), 1.0)
+  return {f"train/{name}": value / steps for name, value in host.items()}
+
+
+def _last_good(checkpoints) -> str:
+  if checkpoints.latest is None:
+    return "there is no checkpoint yet"
+  return (
+    f"the last good checkpoint is step {checkpoints.latest} in"
+    f" {checkpoints.directory}"
+  )
+
+
+_NAN_REMEDY = (
+  "lower the learning rate (config.discover.schedule.learning_rate) or lambda"
+  " (config.discover.lam), or set config.optimizer.clip_norm, in a new workdir"
+)
+
+
+def _finite(step_losses: jax.Array, step: int, checkpoints) -> float:
+  """Returns the last of a dispatch's losses; `step` is the step after it."""
+  values = np.asarray(step_losses)
+  bad = np.flatnonzero(~np.isfinite(values))
+  if bad.size:
+    at = step - len(values) + int(bad[0])
+    raise TrainingError(
+      f"loss is {values[bad[0]]} at step {at}; stopped."
+      f" {_last_good(checkpoints)}; {_NAN_REMEDY}"
+    )
+  return float(values[-1])
+
+
+def _check_finite_window(
+  record: Mapping[str, float], step: int, checkpoints
+) -> None:
+  for key, value in record.items():
+    if not np.isfinite(value):
+      raise TrainingError(
+        f"{key} is {value} at step {step}; stopped."
+        f" {_last_good(checkpoints)}; {_NAN_REMEDY}"
+      )
+
+
+def _rank_text(ranks: Any, params: Any) -> str:
+  flat = lowrank.flatten_ranks(ranks)
+  if not flat:
+    return ""
+  total = sum(int(np.sum(r)) for r in flat.values())
+  return f" rank {total}"
+
+
+def _rank_record(layers, state: TrainState) -> dict[str, float]:
+  """Ranks of all layers, and the network's cost at them."""
+  ranks = jax.device_get(state.ranks)
+  now = cost.count_cost(layers, state.params, ranks)
+  record = {"cost/params": now.params, "cost/macs": now.macs}
+  flat = lowrank.flatten_ranks(ranks)
+  if flat:
+    record |= {f"rank/{path}": int(np.sum(r)) for path, r in flat.items()}
+    record["rank/total"] = sum(int(np.sum(r)) for r in flat.values())
+  return record
+
+
+def _alarms(
+  c: Config, rules, layers, state: TrainState, end_of_discover: bool
+) -> Iterator[str]:
+  """Says what a user should not find out by accident."""
+  flat = lowrank.flatten_ranks(jax.device_get(state.ranks))
+  for path, rank in flat.items():
+    if not np.all(rank):
+      yield (
+        f"layer {path} has died: it has rank 0 and outputs its bias alone."
+        f" Lower config.discover.lam (now {c.discover.lam:g}), or keep the"
+        " layer dense by a rule with decompose=False"
+      )
+  if end_of_discover and flat and c.discover.shrink:
+    start = lowrank.resolve(rules, layers)
+    if all(np.all(rank == start[path]) for path, rank in flat.items()):
+      scores = lowrank.importance(state.params, state.ranks)
+      least = min(float(np.min(x)) for x in jax.device_get(scores).values())
+      yield (
+        "no rank has moved while discovering: the least important component"
+        f" scores {least:.1e}, config.threshold is {c.threshold:g}. Raise"
+        f" config.discover.lam (now {c.discover.lam:g}) or"
+        " config.discover.epochs"
+      )
+
+
+def _results(
+  config, c: Config, ledger: Ledger, layers, dense_cost, final, state, val, test
+) -> dict:
+  """Assembles results.json; see docs/method.md for its fields."""
+  final_cost = cost.count_cost(layers, final)
+  flat = lowrank.flatten_ranks(jax.device_get(state.ranks))
+  device = jax.devices()[0]
+  rows = []
+  for row, dense in zip(final_cost.layers, dense_cost.layers, strict=True):
+    rank = np.asarray(flat[row.path]).tolist() if row.path in flat else None
+    rows.append(
+      {
+        "path": row.path,
+        "rank": rank,
+        "full_rank": None if rank is None else row.full_rank,
+        "params": row.params,
+        "macs": row.macs,
+        "form": row.form,
+        "dense_params": dense.params,
+        "dense_macs": dense.macs,
+      }
+    )
+  return {
+    "config": json.loads(json.dumps(_plain(config))),
+    "git": git_commit(),
+    "device": f"{device.platform}: {device.device_kind}",
+    "jax": jax.__version__,
+    "seed": c.seed,
+    "steps": int(state.step),
+    "wall_seconds": ledger.wall_seconds,
+    "dense": {"params": dense_cost.params, "macs": dense_cost.macs},
+    "final": {
+      "params": final_cost.params,
+      "macs": final_cost.macs,
+      "bytes": final_cost.bytes,
+      "metrics": test,
+      "val_metrics": val,
+    },
+    "layers": rows,
+    "train": {
+      "examples_per_second": ledger.examples / max(ledger.train_seconds, 1e-9),
+      "macs_total": ledger.macs,
+      "compilations": len(ledger.programs),
+      "programs": ledger.programs,
+    },
+    "alarms": ledger.alarms,
+  }
+
+
+def git_commit() -> str:
+  """Returns the commit of the source tree, "+" if it has changes."""
+  here = pathlib.Path(__file__).parent
+
+  def git(*args: str) -> str:
+    return subprocess.run(
+      ["git", "-C", str(here), *args],
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=10,
+    ).stdout.strip()
+
+  try:
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD") + ("+" if changed else "")
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"
+
+
+def _write_spectra(workdir: pathlib.Path, name: str, state: TrainState) -> None:
+  """Adds the importances of all components to importance.json."""
+  if not state.ranks:
+    return
+  path = workdir / "importance.json"
+  spectra = _read_json(path) if path.exists() and name != "start" else {}
+  scores = jax.device_get(lowrank.importance(state.params, state.ranks))
+  # Stacked and grouped layers show their mean spectrum.
+  spectra[name] = {
+    layer: np.mean(x.reshape((-1, x.shape[-1])), axis=0).tolist()
+    for layer, x in scores.items()
+  }
+  _write_json(path, spectra)
+
+
+# ---------------------------------------------------------------------------
+# The workdir
+# ---------------------------------------------------------------------------
+
+# Keys in which two configs of one run may differ: where things are.
+_PLACES: Sequence[str] = ("data.data_dir",)
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _plain(v) for key, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(v) for v in value]
+  return value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+  if not isinstance(value, Mapping):
+    return {prefix: value}
+  flat = {}
+  for key, v in value.items():
+    flat |= _flat(v, f"{prefix}.{key}" if prefix else key)
+  return flat
+
+
+def _open_workdir(workdir: pathlib.Path, config) -> dict | None:
+  """Makes or checks a workdir; returns the results of a finished run.
+
+  Raises:
+    TrainingError: it belongs to another config, or cannot be written.
+  """
+  path = workdir / "config.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      old, new = _flat(_read_json(path)), _flat(_plain(config))
+      changed = [
+        f"{key}: {old.get(key, 'absent')!r} there,"
+        f" {new.get(key, 'absent')!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if key not in _PLACES
+        and old.get(key, "absent") != new.get(key, "absent")
+      ]
+      if changed:
+        raise TrainingError(
+          f"{workdir} belongs to a run of another config"
+          f" ({'; '.join(changed[:5])}{'; ...' if changed[5:] else ''});"
+          " choose another --workdir, or delete this one"
+        )
+    else:
+      if (workdir / "checkpoints").exists():
+        raise TrainingError(
+          f"{workdir} has checkpoints but no config.json, so it is no"
+          " directory of a run; choose another --workdir"
+        )
+      _write_json(path, _plain(config))
+    if (workdir / "results.json").exists():
+      return _read_json(workdir / "results.json")
+  except OSError as error:
+    raise TrainingError(
+      f"cannot write to workdir {workdir}: {error}; choose another --workdir"
+    ) from error
+  return None
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise TrainingError(
+      f"{path} is not valid JSON ({error}); restore it, or start in another"
+      " --workdir"
+    ) from error
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a file whole or not at all."""
+  new = path.with_name(path.name + ".tmp")
+  with new.open("w", encoding="utf-8") as file:
+    json.dump(value, file, indent=1)
+    file.write("\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(new, path)
