@@ -1,0 +1,130 @@
+"""Tests the rules of what may import what, and that every file says why."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDERS = ("maestro", "configs", "experiments", "benchmarks", "launch", "tests")
+FILES = sorted(
+  path.relative_to(ROOT) for f in FOLDERS for path in (ROOT / f).rglob("*.py")
+)
+
+
+def _tree(path):
+  return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def _imports(source, package=()):
+  """Yields the full name of everything that a module imports."""
+  for node in ast.walk(source):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      base = package[: len(package) + 1 - node.level] if node.level else ()
+      base = ".".join((*base, *filter(None, [node.module])))
+      # `from a import b` may mean the module a.b.
+      yield base
+      yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _names(path):
+  package = path.parts[:-1]
+  return set(_imports(_tree(path), package))
+
+
+def _uses(names, module):
+  return {n for n in names if n == module or n.startswith(f"{module}.")}
+
+
+def _in(path, *places):
+  return any(
+    path == pathlib.Path(p) or pathlib.Path(p) in path.parents for p in places
+  )
+
+
+def _refused(path, names):
+  """The imports of a file that the architecture forbids, with the reason."""
+  bad = {}
+
+  def forbid(modules, why):
+    bad.update(dict.fromkeys(modules, why))
+
+  if _in(path, "maestro/lowrank.py", "maestro/sampling.py"):
+    forbid(_uses(names, "flax"), "the method knows only JAX")
+  if _in(path, "maestro") and not _in(
+    path, "maestro/nn.py", "maestro/models", "maestro/adapt.py"
+  ):
+    forbid(_uses(names, "flax.linen"), "Linen stays in nn, models, adapt")
+  if _in(path, "maestro/models"):
+    ours = _uses(names, "maestro") - {"maestro"}
+    ours -= _uses(names, "maestro.nn") | _uses(names, "maestro.models")
+    forbid(ours, "models import only maestro.nn")
+  if not _in(
+    path, "maestro/main.py", "maestro/search.py", "experiments", "tests"
+  ):
+    forbid(_uses(names, "maestro.train"), "nobody imports the loop")
+  if _in(path, "configs"):
+    forbid(_uses(names, "maestro"), "configs are data")
+  for module in ("pickle", "cloudpickle", "dill", "joblib", "shelve"):
+    forbid(_uses(names, module), "loading would run code")
+  return bad
+
+
+def test_the_files_are_found():
+  assert pathlib.Path("maestro/lowrank.py") in FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_keep_to_the_architecture(path):
+  assert not _refused(path, _names(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_begins_with_its_purpose(path):
+  source = _tree(path)
+  if path.name == "__init__.py" and not source.body:
+    return  # an empty package
+  assert ast.get_docstring(source)
+
+
+@pytest.mark.parametrize(
+  ("path", "line", "module"),
+  [
+    ("maestro/lowrank.py", "import flax", "flax"),
+    ("maestro/sampling.py", "from flax import struct", "flax.struct"),
+    ("maestro/step.py", "from flax import linen as nn", "flax.linen"),
+    ("maestro/step.py", "import flax.linen.linear", "flax.linen.linear"),
+    ("maestro/ops/xla.py", "from flax.linen import Dense", "flax.linen"),
+    ("maestro/models/vgg.py", "from maestro import ops", "maestro.ops"),
+    ("maestro/models/vgg.py", "from ..ops import xla", "maestro.ops"),
+    ("maestro/models/vgg.py", "from .. import ops", "maestro.ops"),
+    ("maestro/export.py", "from maestro.train import run", "maestro.train"),
+    ("maestro/export.py", "from . import train", "maestro.train"),
+    ("configs/lenet.py", "def f():\n  import maestro", "maestro"),
+    ("benchmarks/speed.py", "import pickle", "pickle"),
+  ],
+)
+def test_a_forbidden_import_is_seen(path, line, module):
+  path = pathlib.Path(path)
+  names = set(_imports(ast.parse(line), path.parts[:-1]))
+  assert module in _refused(path, names)
+
+
+@pytest.mark.parametrize(
+  ("path", "line"),
+  [
+    ("maestro/nn.py", "import flax.linen as nn"),
+    ("maestro/step.py", "import flax.struct"),
+    ("maestro/models/vgg.py", "from maestro import nn"),
+    ("maestro/models/vgg.py", "import flax.linen\nimport jax"),
+    ("maestro/main.py", "from maestro.train import train"),
+    ("experiments/table.py", "from maestro import train"),
+    ("maestro/step.py", "import maestro.training_data"),
+  ],
+)
+def test_an_allowed_import_is_let_through(path, line):
+  path = pathlib.Path(path)
+  names = set(_imports(ast.parse(line), path.parts[:-1]))
+  assert not _refused(path, names)
