@@ -374,11 +374,14 @@ def test_importance_is_the_formula_and_falls(kind, ranks):
 
 
 def test_importance_never_rises_in_rounding():
-  # Long, with equal sums: where parallel prefix sums round differently.
-  for seed in range(20):
+  # Most components vanish beside the others, and v[b:] is the same for each b:
+  # the sums are nearly equal, where parallel prefix sums break the order.
+  n = 1000
+  v = jnp.zeros((n, 1)).at[-1].set(1.0)
+  for seed in range(10):
     rng = np.random.default_rng(seed)
-    u = rng.standard_normal((1, 257)) * 10.0 ** rng.integers(-6, 3, 257)
-    params = {"u": jnp.asarray(u, jnp.float32), "v": jnp.ones((257, 1))}
+    u = rng.random((1, n)) * np.where(rng.random(n) < 0.9, 1e-5, 1)
+    params = {"u": jnp.asarray(u, jnp.float32), "v": v}
     assert (np.diff(lowrank.importance(params)[""]) <= 0).all()
 
 

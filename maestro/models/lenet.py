@@ -26,7 +26,7 @@ class LeNet(linen.Module):
       conv = nn.Conv(
         width, (5, 5), padding="VALID", dtype=self.dtype, name=f"conv{i}"
       )
-      x = nn.max_pool(linen.relu(conv(x)), 2)
+      x = linen.relu(nn.max_pool(conv(x), 2))  # cheaper in this order
     x = x.reshape((x.shape[0], -1))
     for i, width in enumerate((120, 84), 1):
       x = linen.relu(nn.Dense(width, dtype=self.dtype, name=f"fc{i}")(x))
