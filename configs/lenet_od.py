@@ -21,9 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c = ConfigDict()
   c.seed = 0
   c.method = "maestro"  # or "dense"
-  c.model = ConfigDict(
-    {"name": "lenet", "dtype": config_dict.placeholder(str)}
-  )
+  c.model = ConfigDict({"name": "lenet", "dtype": config_dict.placeholder(str)})
   c.data = ConfigDict(
     {"name": "mnist", "data_dir": config_dict.placeholder(str)}
   )
@@ -44,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "epochs": 10,
       "schedule": {"name": "constant", "learning_rate": 0.01},
-      "lam": 2e-3,
+      "lam": 2.5e-3,
       "sampler": {"name": "one_layer", "over": "pairs"},
       "shrink": True,
     }

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
   """Bad input; the message names the key, layer or path and the remedy."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+  """SIGTERM came; the state is saved, and the same command resumes."""

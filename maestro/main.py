@@ -15,17 +15,14 @@ of it can be set by --config.KEY=VALUE. The workdir gets config.json,
 metrics.jsonl, checkpoints/, tensorboard/, results.json and report/.
 """
 
-import errno
 import json
 import pathlib
-import sys
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
+from maestro import cli
 from maestro.errors import UserError
-
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, with variants after a colon."
@@ -50,16 +47,14 @@ def default_workdir(config: str) -> pathlib.Path:
 
 
 def main(argv: list[str]) -> None:
-  """Parses flags, runs, and turns errors of the user into one line."""
+  """Trains, resumes or evaluates, as the flags say."""
   # Imported here, so that --help and a mistyped flag answer at once.
   from maestro import train
 
-  if flags.FLAGS["verbosity"].using_default_value:
-    logging.set_verbosity(logging.WARNING)
   if argv[1:]:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
   if _CONFIG.value is None and not (_EVALUATE.value and _WORKDIR.value):
-    raise app.UsageError("--config=FILE is missing, e.g. configs/digits_od.py")
+    raise UserError("--config=FILE is missing, e.g. configs/digits_od.py")
   workdir = _WORKDIR.value
   if workdir is None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -70,33 +65,5 @@ def main(argv: list[str]) -> None:
   train.train(_CONFIG.value.to_dict(), workdir)
 
 
-def run() -> None:
-  """Entry point of the command line."""
-  from maestro import train
-
-  try:
-    app.run(main)
-  except train.Interrupted as stop:
-    print(f"{stop}; saved. Run the same command again to go on.")
-    sys.exit(EXIT_INTERRUPTED)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except OSError as error:
-    if error.errno not in (
-      errno.ENOSPC,
-      errno.EACCES,
-      errno.EROFS,
-      errno.EFBIG,
-    ):
-      raise
-    print(
-      f"error: cannot write {error.filename}: {error.strerror}; free space or"
-      " choose another --workdir, then run the same command again",
-      file=sys.stderr,
-    )
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-  run()
+  cli.run(main)

@@ -32,7 +32,7 @@ from maestro.config import (
   parse,
   parse_rules,
 )
-from maestro.errors import UserError
+from maestro.errors import Interrupted, UserError
 from maestro.evaluate import make_evaluate
 from maestro.models import MODELS
 from maestro.sampling import SAMPLERS
@@ -42,10 +42,6 @@ from maestro.step import TrainState, make_dispatch, make_step, zero_metrics
 
 class TrainingError(UserError):
   """Training cannot go on; says where it stopped and what can be resumed."""
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-  """SIGTERM came; the state is saved, and the same command resumes."""
 
 
 @dataclasses.dataclass

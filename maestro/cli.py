@@ -1,0 +1,76 @@
+"""Runs a command line: errors of the user become one line, not a traceback."""
+
+import errno
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from maestro.errors import Interrupted, UserError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
+
+_FULL = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses flags; ml_collections raises what it finds in a config as it is."""
+  try:
+    rest = flags.FLAGS(argv)
+  except (AttributeError, KeyError, TypeError) as error:
+    text = " ".join(str(error).replace("\\n", " ").split()).strip("\"'")
+    raise UserError(f"--config: unknown or unfit key: {text}") from error
+  except OSError as error:
+    raise UserError(
+      f"--config: {str(error).strip().splitlines()[-1].strip()}; give the path"
+      " of a config file, e.g. configs/digits_od.py"
+    ) from error
+  except flags.Error as error:
+    # An error in a config file comes with its traceback; the last line tells.
+    lines = str(error).strip().splitlines()
+    first = f"{lines[0]} " if len(lines) > 1 else ""
+    raise UserError(f"{first}{lines[-1]}") from error
+  except ValueError as error:  # raised by the config file itself
+    raise UserError(f"--config: {error}") from error
+  config = flags.FLAGS["config"] if "config" in flags.FLAGS else None
+  if config is not None and config.present:
+    file = config.config_filename.partition(":")[0]
+    if not pathlib.Path(file).is_file():
+      raise UserError(
+        f"--config: there is no file {file}; give the path of a config file,"
+        " e.g. configs/digits_od.py"
+      )
+  # absl's app would default to INFO, at which libraries are talkative.
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  return rest
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Parses the flags, calls main(argv) and exits; never returns.
+
+  Exit codes: 0 done, 2 error of the user, 75 interrupted and saved; main may
+  exit with others.
+  """
+  try:
+    if "--help" in sys.argv[1:] or "--helpfull" in sys.argv[1:]:
+      app.run(main)  # prints the main module's docstring and flags
+    else:
+      sys.exit(main(_parse(sys.argv)))
+  except Interrupted as stop:
+    print(f"{stop}; saved. Run the same command again to go on.")
+    sys.exit(EXIT_INTERRUPTED)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(EXIT_ERROR)
+  except OSError as error:
+    if error.errno not in _FULL:
+      raise
+    print(
+      f"error: cannot write {error.filename}: {error.strerror}; free space or"
+      " choose another --workdir, then run the same command again",
+      file=sys.stderr,
+    )
+    sys.exit(EXIT_ERROR)
