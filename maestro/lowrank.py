@@ -472,6 +472,8 @@ def mask(params: Tree, ranks: Tree) -> dict:
 
 def stored_rank(rank: Any, full_rank: int, multiple_of: int = 1) -> int:
   """Size of the rank axis after truncation: rounded up, at most what it was."""
+  if multiple_of < 1:
+    raise LowRankError(f"multiple_of={multiple_of} is below 1")
   top = int(np.max(np.asarray(rank), initial=0))
   return min(full_rank, -(-top // multiple_of) * multiple_of)
 
@@ -535,6 +537,11 @@ def extract(
   """
   small = truncate(params, ranks, multiple_of)
   sizes = {path: node["u"].shape[-1] for path, node in _walk(small)}
+  if missing := sizes.keys() - layers.keys():
+    raise LowRankError(
+      f"layers {sorted(missing)} hold factors but are not in `layers`; pass"
+      " maestro.layers(model, inputs) of the model that these parameters are of"
+    )
 
   def where(path: str) -> bool:
     spec = layers[path]
