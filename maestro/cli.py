@@ -34,7 +34,7 @@ def _parse(argv: list[str]) -> list[str]:
     raise UserError(f"{first}{lines[-1]}") from error
   except ValueError as error:  # raised by the config file itself
     raise UserError(f"--config: {error}") from error
-  config = flags.FLAGS["config"] if "config" in flags.FLAGS else None
+  config = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
   if config is not None and config.present:
     file = config.config_filename.partition(":")[0]
     if not pathlib.Path(file).is_file():

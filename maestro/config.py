@@ -50,6 +50,8 @@ def _matches(value: Any, kind: Any) -> bool:
     return isinstance(value, Mapping | kind)
   if origin is Mapping or kind in (Mapping, dict):
     return isinstance(value, Mapping)
+  if isinstance(kind, type) and not getattr(kind, "_is_protocol", False):
+    return isinstance(value, kind)
   return True
 
 

@@ -133,14 +133,20 @@ def make(
   if section["name"] not in _DECOUPLED:
     decay = options.pop("weight_decay", 0.0)
   options = bind(function, options, where, ("learning_rate",))
+  if not _is_number(decay) or decay < 0:
+    raise ConfigError(f"{where}.weight_decay: {decay!r} is no number >= 0")
   parts = []
   if clip_norm is not None:
-    if not clip_norm > 0:
-      raise ConfigError(f"{where}.clip_norm: {clip_norm} is not above 0")
+    if not _is_number(clip_norm) or not clip_norm > 0:
+      raise ConfigError(f"{where}.clip_norm: {clip_norm!r} is no number > 0")
     parts.append(optax.clip_by_global_norm(clip_norm))
   if decay:
     parts.append(optax.add_decayed_weights(decay))
   return optax.chain(*parts, function(schedule, **options))
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---------------------------------------------------------------------------

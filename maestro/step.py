@@ -117,7 +117,7 @@ def make_step(
     grad = jax.value_and_grad(objective, has_aux=True)
     (total, (stats, sums)), grads = grad(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    sums |= {"steps": 1.0, "grad_norm": optax.global_norm(grads)}
+    sums |= {"steps": 1.0, "grad_norm": optax.tree.norm(grads)}
     return (
       state.replace(
         step=state.step + 1,

@@ -91,7 +91,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   c = parse(config)
   workdir = pathlib.Path(workdir)
 
-  # --- Model and optimizer (wrong options fail here, before data is read) ----
+  # --- Model and optimizer (wrong options fail here, before data is read) ---
   mesh = make_mesh(c.num_devices)
   samplers = {p: _sampler(c, p) for p in ("discover", "settle")}
   rules = parse_rules(c.rules)
@@ -119,7 +119,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     print(report.layer_table(finished))
     return finished
 
-  # --- Programs ----------------------------------------------------------------
+  # --- Programs ---------------------------------------------------------------
   evaluate = make_evaluate(
     model,
     loss=c.loss,
@@ -158,7 +158,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     ) as checkpoints,
     _sigterm() as stop_asked,
   ):
-    # --- State: the newest checkpoint, or a new one ----------------------------
+    # --- State: the newest checkpoint, or a new one ---------------------------
     new_state = functools.partial(_new_state, c, tx)
     first_step = checkpoints.latest or 0
     if checkpoints.latest is None:
@@ -197,11 +197,11 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         phase: Phase = getattr(c, name)
         epoch_end = (epoch + 1) * steps_per_epoch
 
-        # --- Entering settle: cut factors to the ranks that were found ---------
+        # --- Entering settle: cut factors to the ranks that were found --------
         if name == "settle" and step == end_of_discover:
           state = replicate(_truncate(c, tx, state), mesh)
 
-        # --- One epoch of steps ------------------------------------------------
+        # --- One epoch of steps -----------------------------------------------
         stored_macs = cost.count_cost(layers, state.params).macs
         ledger.compiles(f"{name} step, {_form(state.params)}")
         order = data_lib.epoch_order(c.seed, epoch, len(dataset.train))
@@ -255,7 +255,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           save(state)
           raise Interrupted(f"stopped at step {step} of {total_steps}")
 
-        # --- Epoch end: shrink, perhaps cut ------------------------------------
+        # --- Epoch end: shrink, perhaps cut -----------------------------------
         record = _means(state.metrics)
         _check_finite_window(record, step, checkpoints)
         state = state.replace(metrics=replicate(zero_metrics(c.loss), mesh))
@@ -270,7 +270,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
             ledger.alarms.append(alarm)
             writer.message(f"alarm: {alarm}")
 
-        # --- Evaluate, log, save -----------------------------------------------
+        # --- Evaluate, log, save ----------------------------------------------
         last = epoch + 1 == epochs
         landmark = last or step == end_of_discover
         if landmark or (epoch + 1) % c.eval_every_epochs == 0:
@@ -301,7 +301,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         if stop_asked() and not last:
           raise Interrupted(f"stopped at step {step} of {total_steps}")
 
-    # --- The final model: exact ranks, merged where dense is cheaper -----------
+    # --- The final model: exact ranks, merged where dense is cheaper ----------
     final = lowrank.extract(state.params, state.ranks, layers)
     variables = _variables(state) | {"params": final}
     ledger.compiles(f"evaluate, {_form(final)}")
@@ -318,7 +318,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     return results
 
 
-def evaluate_workdir(workdir: str | os.PathLike) -> dict[str, dict]:
+def evaluate_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a run, cut to its ranks; no training.
 
   Returns:
@@ -641,7 +641,7 @@ def _rank_text(ranks: Any, params: Any) -> str:
   return f" rank {total}"
 
 
-def _rank_record(layers, state: TrainState) -> dict[str, float]:
+def _rank_record(layers, state: TrainState) -> dict[str, Any]:
   """Ranks of all layers, and the network's cost at them."""
   ranks = jax.device_get(state.ranks)
   now = cost.count_cost(layers, state.params, ranks)

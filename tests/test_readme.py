@@ -43,5 +43,6 @@ def test_requirements_are_those_of_the_package():
 def test_every_config_and_module_command_in_the_readme_exists():
   for name in re.findall(r"configs/(\w+)\.py", README):
     assert name == "NAME" or (ROOT / "configs" / f"{name}.py").exists()
-  for module in set(re.findall(r"python -m ((?:maestro|experiments)[\w.]*)", README)):
+  command = r"python -m ((?:maestro|experiments)[\w.]*)"
+  for module in set(re.findall(command, README)):
     assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module

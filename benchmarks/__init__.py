@@ -1,0 +1,1 @@
+"""Speed and memory, as ratios against a stated peer in the same run."""
