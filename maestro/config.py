@@ -219,8 +219,8 @@ class Config:
     checkpoint: how often, and how many.
     eval_every_epochs: evaluation on the validation split.
     log_every_steps: training metrics; None is once an epoch.
-    steps_per_dispatch: steps per call of the device; None is 1 on CPUs and 16
-      on accelerators.
+    steps_per_dispatch: steps per call of the device; None is 1 on CPUs, and up
+      to 16 on accelerators.
     num_devices: devices to split the batch over; None is all.
   """
 

@@ -91,33 +91,32 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   c = parse(config)
   workdir = pathlib.Path(workdir)
 
-  # --- Model and optimizer (wrong options fail here, before data is read) ---
+  # --- Options, so that wrong ones fail before data is read -----------------
   mesh = make_mesh(c.num_devices)
   samplers = {p: _sampler(c, p) for p in ("discover", "settle")}
-  rules = parse_rules(c.rules)
+  rules = parse_rules(c.rules) if c.method == "maestro" else []
+  phases = [(p, getattr(c, p).epochs, getattr(c, p).schedule) for p in samplers]
+  optim.make(c.optimizer, optim.make_schedule(phases, steps_per_epoch=1000))
+  finished = _finished_results(workdir, config)
+  if finished is not None:
+    print(f"{workdir}: this run is finished. Its results:\n")
+    print(report.layer_table(finished))
+    return finished
+
+  # --- Data, model, optimizer -----------------------------------------------
   dataset = data_lib.make(**c.data)
   model = make_model(c, dataset)
   steps_per_epoch = _steps_per_epoch(c, len(dataset.train), mesh.size)
   epochs = c.discover.epochs + c.settle.epochs
   total_steps = epochs * steps_per_epoch
   end_of_discover = c.discover.epochs * steps_per_epoch
-  schedule = optim.make_schedule(
-    [(p, getattr(c, p).epochs, getattr(c, p).schedule) for p in samplers],
-    steps_per_epoch,
-  )
+  schedule = optim.make_schedule(phases, steps_per_epoch)
   tx = optim.make(c.optimizer, schedule)
   example = _example(dataset)
   layers = nn.layers(model, example)
-  if c.method == "dense":
-    rules = []
   lowrank.resolve(rules, layers)
   dense_cost = cost.count_cost(layers, _dense_params(model, example)["params"])
-
-  finished = _open_workdir(workdir, config)
-  if finished is not None:
-    print(f"{workdir}: this run is finished. Its results:\n")
-    print(report.layer_table(finished))
-    return finished
+  _claim_workdir(workdir, config)
 
   # --- Programs ---------------------------------------------------------------
   evaluate = make_evaluate(
@@ -146,8 +145,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     )
     return make_dispatch(step, steps)
 
-  on_cpu = jax.default_backend() == "cpu"
-  steps_per_dispatch = c.steps_per_dispatch or (1 if on_cpu else 16)
+  steps_per_dispatch = c.steps_per_dispatch or _dispatch_size(steps_per_epoch)
   macs_per_example = 3 * (1 if c.full_pass is None else 2)
 
   with (
@@ -203,7 +201,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
 
         # --- One epoch of steps -----------------------------------------------
         stored_macs = cost.count_cost(layers, state.params).macs
-        ledger.compiles(f"{name} step, {_form(state.params)}")
+        form = _form(state.params)
         order = data_lib.epoch_order(c.seed, epoch, len(dataset.train))
         data = arrays | {"order": replicate(order, mesh)}
         ranks = jax.device_get(state.ranks)
@@ -213,6 +211,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           n = min(steps_per_dispatch, epoch_end - step)
           if c.log_every_steps:
             n = min(n, c.log_every_steps - step % c.log_every_steps)
+          ledger.compiles(f"{name}, {n} steps, {form}")
           state, step_losses = dispatch(name, n)(state, data)
           step += n
           # The host reads one dispatch late, so that the device never waits.
@@ -413,6 +412,13 @@ def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
   return n // c.batch_size
 
 
+def _dispatch_size(steps_per_epoch: int) -> int:
+  """1 on CPUs, see `make_dispatch`; else a divisor, for one program a phase."""
+  if jax.default_backend() == "cpu":
+    return 1
+  return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
+
+
 def _evaluation_batch(batch_size: int, devices: int) -> int:
   """Large enough to be fast; a multiple of the number of devices."""
   return -(-max(batch_size, 500) // devices) * devices
@@ -447,11 +453,29 @@ def _initial(c: Config, model: Any, rules, layers, example):
       )
     params, stats, ranks, _ = checkpoint.load_params(source / "checkpoints")
     params = jax.tree.map(jnp.asarray, params)
+    _check_same_factors(params, layers, source)
     # The function that the other run learnt, at its ranks, as dense kernels.
     params = lowrank.merge(lowrank.truncate(params, ranks), layers)
     _check_same_shapes(params, _dense_params(model, example)["params"], source)
   params = lowrank.decompose(params, rules, layers)
   return params, stats, lowrank.full_ranks(params, layers)
+
+
+def _check_same_factors(params: Any, layers, source: pathlib.Path) -> None:
+  for path, node in lowrank.factored(params).items():
+    found, spec = (node["u"].shape, node["v"].shape), layers.get(path)
+    wanted: Any = "absent"
+    if spec is not None:
+      rank = found[0][-1]
+      wanted = (
+        (*spec.lead, *spec.inputs, rank),
+        (*spec.lead, rank, *spec.outputs),
+      )
+    if found != wanted:
+      raise ConfigError(
+        f"config.init_from: {source} does not fit this model: layer {path!r}"
+        f" has factors {found} there and {wanted} here"
+      )
 
 
 def _check_same_shapes(params: Any, wanted: Any, source: pathlib.Path) -> None:
@@ -787,44 +811,51 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _open_workdir(workdir: pathlib.Path, config) -> dict | None:
-  """Makes or checks a workdir; returns the results of a finished run.
+def _finished_results(workdir: pathlib.Path, config) -> dict | None:
+  """Returns the results of a finished run; changes nothing.
 
   Raises:
-    TrainingError: it belongs to another config, or cannot be written.
+    TrainingError: the workdir belongs to another config, or is no run's.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    if (workdir / "checkpoints").exists():
+      raise TrainingError(
+        f"{workdir} has checkpoints but no config.json, so it is no directory"
+        " of a run; choose another --workdir"
+      )
+    return None
+  old, new = _flat(_read_json(path)), _flat(_plain(config))
+  changed = [
+    f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here"
+    for key in sorted(old.keys() | new.keys())
+    if key not in _PLACES and old.get(key, "absent") != new.get(key, "absent")
+  ]
+  if changed:
+    raise TrainingError(
+      f"{workdir} belongs to a run of another config"
+      f" ({'; '.join(changed[:5])}{'; ...' if changed[5:] else ''});"
+      " choose another --workdir, or delete this one"
+    )
+  results = workdir / "results.json"
+  return _read_json(results) if results.exists() else None
+
+
+def _claim_workdir(workdir: pathlib.Path, config) -> None:
+  """Makes the workdir and writes config.json, once all options are checked.
+
+  Raises:
+    TrainingError: it cannot be written.
   """
   path = workdir / "config.json"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-      old, new = _flat(_read_json(path)), _flat(_plain(config))
-      changed = [
-        f"{key}: {old.get(key, 'absent')!r} there,"
-        f" {new.get(key, 'absent')!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if key not in _PLACES
-        and old.get(key, "absent") != new.get(key, "absent")
-      ]
-      if changed:
-        raise TrainingError(
-          f"{workdir} belongs to a run of another config"
-          f" ({'; '.join(changed[:5])}{'; ...' if changed[5:] else ''});"
-          " choose another --workdir, or delete this one"
-        )
-    else:
-      if (workdir / "checkpoints").exists():
-        raise TrainingError(
-          f"{workdir} has checkpoints but no config.json, so it is no"
-          " directory of a run; choose another --workdir"
-        )
+    if not path.exists():
       _write_json(path, _plain(config))
-    if (workdir / "results.json").exists():
-      return _read_json(workdir / "results.json")
   except OSError as error:
     raise TrainingError(
       f"cannot write to workdir {workdir}: {error}; choose another --workdir"
     ) from error
-  return None
 
 
 def _read_json(path: pathlib.Path) -> dict:
