@@ -6,7 +6,7 @@ Reads MNIST from --config.data.data_dir or TFDS_DATA_DIR. Dense: 44,426
 parameters, 281,640 MACs. Variants:
 
   paper   the paper's schedule: 20 epochs of sampling at constant lambda and
-          learning rate, nothing settles
+          learning rate, nothing settles; PyTorch's initial weights
   smoke   two epochs, to see that everything runs
 """
 
@@ -72,6 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.discover.epochs = 20
     c.settle.epochs = 0
     c.discover.lam = 3e-4
+    c.model.kernel_init = "torch"
   if "smoke" in variants:
     c.discover.epochs = 1
     c.settle.epochs = min(c.settle.epochs, 1)
