@@ -24,9 +24,9 @@ from absl import flags
 
 from maestro import cli, data, losses, lowrank, models, nn, sampling
 from maestro.errors import UserError
+from maestro.provenance import git_commit
 from maestro.sharding import make_mesh
 from maestro.step import TrainState, make_dispatch, make_step, zero_metrics
-from maestro.train import git_commit
 
 _BATCH = flags.DEFINE_integer("batch_size", 128, "Examples per step.")
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Rounds of ten steps each.")

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from maestro.config import (
 from maestro.errors import Interrupted, UserError
 from maestro.evaluate import make_evaluate
 from maestro.models import MODELS
+from maestro.provenance import git_commit
 from maestro.sampling import SAMPLERS
 from maestro.sharding import make_mesh, replicate
 from maestro.step import TrainState, make_dispatch, make_step, zero_metrics
@@ -751,26 +751,6 @@ def _results(
   }
 
 
-def git_commit() -> str:
-  """Returns the commit of the source tree, "+" if it has changes."""
-  here = pathlib.Path(__file__).parent
-
-  def git(*args: str) -> str:
-    return subprocess.run(
-      ["git", "-C", str(here), *args],
-      capture_output=True,
-      text=True,
-      check=True,
-      timeout=10,
-    ).stdout.strip()
-
-  try:
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "HEAD") + ("+" if changed else "")
-  except (OSError, subprocess.SubprocessError):
-    return "unknown"
-
-
 def _write_spectra(workdir: pathlib.Path, name: str, state: TrainState) -> None:
   """Adds the importances of all components to importance.json."""
   if not state.ranks:
@@ -780,7 +760,7 @@ def _write_spectra(workdir: pathlib.Path, name: str, state: TrainState) -> None:
   scores = jax.device_get(lowrank.importance(state.params, state.ranks))
   # Stacked and grouped layers show their mean spectrum.
   spectra[name] = {
-    layer: np.mean(x.reshape((-1, x.shape[-1])), axis=0).tolist()
+    layer: np.mean(x, axis=tuple(range(x.ndim - 1))).tolist()
     for layer, x in scores.items()
   }
   _write_json(path, spectra)

@@ -59,8 +59,9 @@ def _refused(path, names):
     forbid(_uses(names, "flax.linen"), "Linen stays in nn, models, adapt")
   if _in(path, "maestro/models"):
     ours = _uses(names, "maestro") - {"maestro"}
-    ours -= _uses(names, "maestro.nn") | _uses(names, "maestro.models")
-    forbid(ours, "models import only maestro.nn")
+    for name in ("maestro.nn", "maestro.models", "maestro.errors"):
+      ours -= _uses(names, name)
+    forbid(ours, "models import only maestro.nn (and errors)")
   if not _in(
     path, "maestro/main.py", "maestro/search.py", "experiments", "tests"
   ):

@@ -6,6 +6,7 @@ import flax.linen as linen
 import jax
 
 from maestro import nn
+from maestro.errors import UserError
 
 KERNEL_INITS = {
   "lecun_normal": linen.initializers.lecun_normal(),
@@ -20,9 +21,9 @@ class LeNet(linen.Module):
 
   Attributes:
     num_classes: number of logits.
-    kernel_init: a key of `KERNEL_INITS`; "torch" is what the paper's networks
-      started from: uniform within 1 / sqrt(fan in). Its weights are smaller by
-      sqrt(3), which matters here: a penalty needs less time to take them to 0.
+    kernel_init: a key of `KERNEL_INITS`; "torch" is PyTorch's default, uniform
+      within 1 / sqrt(fan in). Its weights are smaller by sqrt(3), which matters
+      here: a penalty needs less time to take them to zero.
     dtype: of the computation; None follows the inputs. Parameters stay float32.
   """
 
@@ -33,6 +34,11 @@ class LeNet(linen.Module):
   @linen.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     del train
+    if self.kernel_init not in KERNEL_INITS:
+      raise UserError(
+        f"config.model.kernel_init: {self.kernel_init!r} is unknown; one of"
+        f" {sorted(KERNEL_INITS)}"
+      )
     init = KERNEL_INITS[self.kernel_init]
     dense = functools.partial(nn.Dense, kernel_init=init, dtype=self.dtype)
     for i, width in enumerate((6, 16), 1):
