@@ -698,7 +698,8 @@ def _alarms(
         "no rank has moved while discovering: the least important component"
         f" scores {least:.1e}, config.threshold is {c.threshold:g}. Raise"
         f" config.discover.lam (now {c.discover.lam:g}) or"
-        " config.discover.epochs"
+        " config.discover.epochs; if lambda is large already, the threshold"
+        " lies below the floor of order (learning rate * lambda)^2: raise it"
       )
 
 
@@ -798,13 +799,17 @@ def _finished_results(workdir: pathlib.Path, config) -> dict | None:
     TrainingError: the workdir belongs to another config, or is no run's.
   """
   path = workdir / "config.json"
+  saved = any((workdir / "checkpoints").glob("[0-9]*"))
   if not path.exists():
-    if (workdir / "checkpoints").exists():
+    if saved:
       raise TrainingError(
         f"{workdir} has checkpoints but no config.json, so it is no directory"
         " of a run; choose another --workdir"
       )
     return None
+  results = workdir / "results.json"
+  if not saved and not results.exists():
+    return None  # a start that failed: nothing is lost by another config
   old, new = _flat(_read_json(path)), _flat(_plain(config))
   changed = [
     f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here"
@@ -817,7 +822,6 @@ def _finished_results(workdir: pathlib.Path, config) -> dict | None:
       f" ({'; '.join(changed[:5])}{'; ...' if changed[5:] else ''});"
       " choose another --workdir, or delete this one"
     )
-  results = workdir / "results.json"
   return _read_json(results) if results.exists() else None
 
 
@@ -830,7 +834,8 @@ def _claim_workdir(workdir: pathlib.Path, config) -> None:
   path = workdir / "config.json"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    saved = any((workdir / "checkpoints").glob("[0-9]*"))
+    if not (path.exists() and saved):
       _write_json(path, _plain(config))
   except OSError as error:
     raise TrainingError(

@@ -1,0 +1,241 @@
+"""The command line: help, mistakes in one line, exit codes, shipped configs."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+
+import jax
+import pytest
+from absl.testing import flagsaver
+
+from maestro import cli, lowrank, main, nn, optim, train
+from maestro import data as data_lib
+from maestro.config import parse, parse_rules
+from maestro.errors import Interrupted
+from maestro.models import MODELS
+
+# ml_collections loads config files by a deprecated method.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:the load_module:DeprecationWarning"
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "digits_od.py")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+  """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+  def run(*args):
+    monkeypatch.setattr(sys, "argv", ["maestro.main", *args])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+      cli.run(main.main)
+    out, err = capsys.readouterr()
+    code = stop.value.code
+    return (0 if code is None else code), out, err
+
+  return run
+
+
+@pytest.fixture
+def trained(monkeypatch):
+  """Replaces training by a record of what it was asked to do."""
+  calls = []
+  monkeypatch.setattr(train, "train", lambda *args: calls.append(args))
+  return calls
+
+
+def test_help_explains(command, monkeypatch):
+  monkeypatch.setitem(sys.modules, "__main__", main)  # as with python -m
+  code, out, err = command("--help")
+  text = out + err
+  assert code in (0, 1)  # absl's own
+  for word in ("--config", "--workdir", "resumes", "configs/digits_od.py"):
+    assert word in text
+  assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+  ("args", "word"),
+  [
+    (["--confg=x.py"], "confg"),
+    ([f"--config={CONFIG}", "--wrkdir=x"], "wrkdir"),
+    ([f"--config={CONFIG}", "--config.modle=1"], "modle"),
+    ([f"--config={CONFIG}", "--config.discover.lamb=1"], "lamb"),
+    ([f"--config={CONFIG}", "--config.discover.epochs=many"], "many"),
+    ([f"--config={CONFIG}", "--config.discover.shrink=maybe"], "maybe"),
+    ([f"--config={CONFIG}:smokey"], "smokey"),
+    (["--config=no/such/config.py"], "no/such/config.py"),
+    ([f"--config={CONFIG}", "more"], "more"),
+    ([], "--config"),
+    (["--evaluate"], "--config"),
+    (["--evaluate", "--workdir=no/such/run"], "no/such/run"),
+    ([f"--config={CONFIG}", "--config.model.name=mpl"], "mpl"),
+  ],
+  ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_is_named_without_a_traceback(
+  args, word, command, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  code, out, err = command(*args)
+  assert code in (1, 2)
+  assert (
+    word in err.splitlines()[0]
+    or word in err.splitlines()[-1]
+    or (word in err and "USAGE" in err)
+  )
+  assert "Traceback" not in out + err
+  assert len(err.strip().splitlines()) == 1 or "help" in err or "USAGE" in err
+  assert not list(tmp_path.iterdir())
+
+
+def test_flags_reach_the_run(command, trained, tmp_path):
+  code, _, _ = command(
+    f"--config={CONFIG}:smoke",
+    "--config.discover.lam=1e-3",
+    "--config.optimizer.clip_norm=2.0",
+    f"--workdir={tmp_path / 'run'}",
+  )
+  assert code == 0
+  ((config, workdir),) = trained
+  assert pathlib.Path(workdir) == tmp_path / "run"
+  assert config["discover"]["lam"] == 1e-3
+  assert config["discover"]["epochs"] == 1
+  assert config["optimizer"]["clip_norm"] == 2.0
+  # A config is its JSON.
+  plain = json.loads(json.dumps(config))
+  assert parse(plain).discover == parse(config).discover
+
+
+def test_the_workdir_is_named_after_the_config_and_its_variants(
+  command, trained
+):
+  assert command(f"--config={CONFIG}:smoke")[0] == 0
+  assert pathlib.Path(trained[0][1]) == pathlib.Path("runs/digits_od_smoke")
+
+
+@pytest.mark.parametrize(
+  ("config", "workdir"),
+  [
+    ("configs/lenet_od.py", "runs/lenet_od"),
+    ("configs/lenet_od.py:", "runs/lenet_od"),
+    ("configs/lenet_od.py:smoke", "runs/lenet_od_smoke"),
+    ("lenet_od.py:paper,smoke", "runs/lenet_od_paper_smoke"),
+  ],
+)
+def test_default_workdir(config, workdir):
+  found = main.default_workdir(config)
+  assert re.sub(",", "_", str(found)) == workdir
+
+
+def test_an_interrupted_run_exits_with_75(command, monkeypatch, tmp_path):
+  def stopped(*_):
+    raise Interrupted("stopped at step 3 of 9")
+
+  monkeypatch.setattr(train, "train", stopped)
+  code, out, _ = command(f"--config={CONFIG}", f"--workdir={tmp_path}")
+  assert code == cli.EXIT_INTERRUPTED == 75
+  assert "step 3 of 9" in out and "same command" in out
+
+
+def test_a_full_disk_is_told_in_one_line(command, monkeypatch, tmp_path):
+  def full(*_):
+    raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
+
+  monkeypatch.setattr(train, "train", full)
+  code, _, err = command(f"--config={CONFIG}", f"--workdir={tmp_path}")
+  assert code == 2
+  assert "runs/x/metrics.jsonl" in err and "space" in err
+  assert len(err.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------
+# Shipped configs
+# ---------------------------------------------------------------------------
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def variants(path):
+  """The variants that a config's own error message lists."""
+  try:
+    load(path).get_config("no_such_variant")
+  except ValueError as error:
+    known = str(error).partition("known: ")[2]
+    return ["", *re.findall(r"\w+", known)]
+  return [""]
+
+
+CONFIGS = [
+  (path, variant)
+  for path in sorted((ROOT / "configs").glob("*.py"))
+  for variant in variants(path)
+]
+# One example of data sets that need files: shape and number of classes.
+SHAPES = {"mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1)}
+
+
+@pytest.mark.parametrize(
+  ("path", "variant"), CONFIGS, ids=[f"{p.stem}:{v}" for p, v in CONFIGS]
+)
+@pytest.mark.parametrize("method", ["maestro", "dense"])
+def test_every_shipped_config_builds(path, variant, method):
+  config = load(path).get_config(variant)
+  assert config.is_locked
+  config.method = method
+  c = parse(json.loads(json.dumps(config.to_dict())))
+  cls, options = MODELS[c.model["name"]], dict(c.model)
+  del options["name"]
+  if c.data["name"] in SHAPES:
+    shape = (1, *SHAPES[c.data["name"]])
+    model = cls(num_classes=10, **options)
+    x = jax.ShapeDtypeStruct(shape, "float32")
+  else:
+    dataset = data_lib.make(**c.data)
+    model, x = train.make_model(c, dataset), train._example(dataset)
+  layers = nn.layers(model, x)
+  phases = [
+    (p, getattr(c, p).epochs, getattr(c, p).schedule)
+    for p in ("discover", "settle")
+  ]
+  tx = optim.make(c.optimizer, optim.make_schedule(phases, 10))
+
+  def initial(key):
+    params = model.init(key, jax.numpy.zeros(x.shape, x.dtype))["params"]
+    rules = parse_rules(c.rules) if c.method == "maestro" else []
+    params = lowrank.decompose(params, rules, layers)
+    return params, tx.init(params)
+
+  params, _ = jax.eval_shape(initial, jax.random.key(0))
+  assert bool(lowrank.factored(params)) == (method == "maestro")
+  for name in ("discover", "settle"):
+    train._sampler(c, name)
+
+
+@pytest.mark.parametrize(
+  "path", sorted({p for p, _ in CONFIGS}), ids=lambda p: p.stem
+)
+def test_every_shipped_config_tells_its_command(path):
+  doc = load(path).__doc__
+  assert f"--config=configs/{path.name}" in doc
+  for variant in variants(path)[1:]:
+    assert variant in doc
+
+
+@pytest.mark.skipif(
+  "TFDS_DATA_DIR" not in os.environ, reason="needs prepared data sets"
+)
+@pytest.mark.parametrize("name", SHAPES)
+def test_prepared_data_has_the_shape_that_configs_are_tested_with(name):
+  inputs = data_lib.make(name).train.inputs
+  assert inputs.shape[1:] == SHAPES[name]
