@@ -799,16 +799,15 @@ def _finished_results(workdir: pathlib.Path, config) -> dict | None:
     TrainingError: the workdir belongs to another config, or is no run's.
   """
   path = workdir / "config.json"
-  saved = any((workdir / "checkpoints").glob("[0-9]*"))
   if not path.exists():
-    if saved:
+    if (workdir / "checkpoints").exists():
       raise TrainingError(
         f"{workdir} has checkpoints but no config.json, so it is no directory"
         " of a run; choose another --workdir"
       )
     return None
   results = workdir / "results.json"
-  if not saved and not results.exists():
+  if not _has_checkpoint(workdir) and not results.exists():
     return None  # a start that failed: nothing is lost by another config
   old, new = _flat(_read_json(path)), _flat(_plain(config))
   changed = [
@@ -825,6 +824,10 @@ def _finished_results(workdir: pathlib.Path, config) -> dict | None:
   return _read_json(results) if results.exists() else None
 
 
+def _has_checkpoint(workdir: pathlib.Path) -> bool:
+  return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
 def _claim_workdir(workdir: pathlib.Path, config) -> None:
   """Makes the workdir and writes config.json, once all options are checked.
 
@@ -834,8 +837,7 @@ def _claim_workdir(workdir: pathlib.Path, config) -> None:
   path = workdir / "config.json"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    saved = any((workdir / "checkpoints").glob("[0-9]*"))
-    if not (path.exists() and saved):
+    if not (path.exists() and _has_checkpoint(workdir)):
       _write_json(path, _plain(config))
   except OSError as error:
     raise TrainingError(
