@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "epochs": 40,
       "schedule": {"name": "constant", "learning_rate": 0.02},
-      "lam": 2e-3,
+      "lam": 1.2e-3,
       "sampler": {"name": "one_layer", "over": "pairs"},
       "shrink": True,
     }
@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.settle = ConfigDict(
     {
       "epochs": 20,
-      "schedule": {"name": "cosine", "learning_rate": 0.02},
+      "schedule": {"name": "cosine", "learning_rate": 0.05},
       "lam": 0.0,
       "sampler": {"name": "full"},
       "shrink": False,

@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "epochs": 10,
       "schedule": {"name": "constant", "learning_rate": 0.01},
-      "lam": 2.5e-3,
+      "lam": 3e-3,
       "sampler": {"name": "one_layer", "over": "pairs"},
       "shrink": True,
     }

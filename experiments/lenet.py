@@ -1,6 +1,6 @@
-"""LeNet on MNIST: the dense net, ours, and the paper's schedule, 3 seeds each.
+"""LeNet on MNIST: dense, settled and on the paper's schedule, 3 seeds each.
 
-  python -m experiments.lenet                  # twelve runs, then the table
+  python -m experiments.lenet                  # fifteen runs, then the table
   python -m experiments.lenet --jobs=2         # two at a time
   python -m experiments.lenet --smoke          # two epochs each, to try it
 
@@ -26,10 +26,13 @@ _SMOKE = flags.DEFINE_bool("smoke", False, "Two epochs a run; not kept.")
 
 CONFIG = "configs/lenet_od.py"
 RESULTS = pathlib.Path("experiments/results/lenet")
-# Name: (variant, overrides). The settled lambda was chosen on validation.
+# Name: (variant, overrides). The settled lambda was chosen without the test
+# split: the smallest tried that keeps the mean of MACs at half of dense; 2.5e-3
+# has a higher validation accuracy at 51.5 % of them.
 ROWS = {
   "dense": ("", ["--config.method=dense"]),
-  "settled": ("", []),
+  "settled_lam3e-3": ("", ["--config.discover.lam=3e-3"]),
+  "settled_lam2.5e-3": ("", ["--config.discover.lam=2.5e-3"]),
   "paper_lam3e-4": ("paper", ["--config.discover.lam=3e-4"]),
   "paper_lam1e-3": ("paper", ["--config.discover.lam=1e-3"]),
 }
