@@ -232,10 +232,9 @@ def test_every_shipped_config_tells_its_command(path):
     assert variant in doc
 
 
-@pytest.mark.skipif(
-  "TFDS_DATA_DIR" not in os.environ, reason="needs prepared data sets"
-)
 @pytest.mark.parametrize("name", SHAPES)
 def test_prepared_data_has_the_shape_that_configs_are_tested_with(name):
+  if not (pathlib.Path(os.environ.get("TFDS_DATA_DIR", "")) / name).is_dir():
+    pytest.skip(f"TFDS_DATA_DIR has no {name}")
   inputs = data_lib.make(name).train.inputs
   assert inputs.shape[1:] == SHAPES[name]
