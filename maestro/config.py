@@ -245,6 +245,11 @@ class Config:
   steps_per_dispatch: int | None = None
   num_devices: int | None = None
 
+  @property
+  def epochs(self) -> int:
+    """Epochs of both phases."""
+    return self.discover.epochs + self.settle.epochs
+
 
 _SECTIONS = {
   "discover": Phase,

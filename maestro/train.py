@@ -107,7 +107,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   dataset = data_lib.make(**c.data)
   model = make_model(c, dataset)
   steps_per_epoch = _steps_per_epoch(c, len(dataset.train), mesh.size)
-  epochs = c.discover.epochs + c.settle.epochs
+  epochs = c.epochs
   total_steps = epochs * steps_per_epoch
   end_of_discover = c.discover.epochs * steps_per_epoch
   schedule = optim.make_schedule(phases, steps_per_epoch)
@@ -119,13 +119,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   _claim_workdir(workdir, config)
 
   # --- Programs ---------------------------------------------------------------
-  evaluate = make_evaluate(
-    model,
-    loss=c.loss,
-    preprocess=dataset.preprocess,
-    batch_size=_evaluation_batch(c.batch_size, mesh.size),
-    mesh=mesh,
-  )
+  evaluate = _evaluator(c, model, dataset, mesh)
 
   @functools.cache
   def dispatch(phase_name: str, steps: int) -> Callable:
@@ -225,7 +219,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
             writer.progress(
               step,
               f"epoch {epoch + 1}/{epochs} {name} loss {loss:.3f}"
-              f"{_rank_text(ranks, state.params)}",
+              f"{_rank_text(ranks)}",
               examples_per_second=speed,
             )
           if window is not None:
@@ -291,7 +285,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
             for key in ("val/loss", "val/accuracy")
             if key in record
           )
-          + _rank_text(jax.device_get(state.ranks), state.params),
+          + _rank_text(jax.device_get(state.ranks)),
           examples_per_second=examples / seconds,
         )
         every = (epoch + 1) % c.checkpoint.every_epochs == 0
@@ -344,13 +338,7 @@ def evaluate_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
   if batch_stats:
     variables["batch_stats"] = batch_stats
   variables = replicate(variables, mesh)
-  evaluate = make_evaluate(
-    model,
-    loss=c.loss,
-    preprocess=dataset.preprocess,
-    batch_size=_evaluation_batch(c.batch_size, mesh.size),
-    mesh=mesh,
-  )
+  evaluate = _evaluator(c, model, dataset, mesh)
   size = cost.count_cost(layers, final)
   return {
     "step": max(int(p.name) for p in directory.iterdir() if p.name.isdigit()),
@@ -419,9 +407,16 @@ def _dispatch_size(steps_per_epoch: int) -> int:
   return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
 
 
-def _evaluation_batch(batch_size: int, devices: int) -> int:
-  """Large enough to be fast; a multiple of the number of devices."""
-  return -(-max(batch_size, 500) // devices) * devices
+def _evaluator(c: Config, model: Any, dataset: data_lib.Dataset, mesh):
+  # Large batches are fast; they must also split over the devices.
+  batch_size = -(-max(c.batch_size, 500) // mesh.size) * mesh.size
+  return make_evaluate(
+    model,
+    loss=c.loss,
+    preprocess=dataset.preprocess,
+    batch_size=batch_size,
+    mesh=mesh,
+  )
 
 
 def _example(dataset: data_lib.Dataset) -> jax.ShapeDtypeStruct:
@@ -570,7 +565,7 @@ def _worth_cutting(
 ) -> bool:
   """True if a cut now saves enough MACs and its compilations are allowed."""
   discovering = epoch < c.discover.epochs
-  phase_end = c.discover.epochs if discovering else epochs_of(c)
+  phase_end = c.discover.epochs if discovering else c.epochs
   if epoch + 1 >= phase_end:
     return False  # settling cuts anyway, and after the end nothing runs
   # A step and an evaluation now, again when settling, and the final model.
@@ -584,11 +579,6 @@ def _worth_cutting(
   stored = cost.count_cost(layers, state.params).macs
   left = cost.count_cost(layers, small).macs
   return stored - left >= c.truncate.min_saving * stored
-
-
-def epochs_of(c: Config) -> int:
-  """Returns the epochs of a whole run."""
-  return c.discover.epochs + c.settle.epochs
 
 
 def _form(params: Any) -> str:
@@ -657,7 +647,7 @@ def _check_finite_window(
       )
 
 
-def _rank_text(ranks: Any, params: Any) -> str:
+def _rank_text(ranks: Any) -> str:
   flat = lowrank.flatten_ranks(ranks)
   if not flat:
     return ""
