@@ -20,9 +20,9 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
   except (AttributeError, KeyError, TypeError) as error:
-    text = " ".join(
-      str(error).replace("\\n", " ").replace("\\'", "'").split()
-    ).strip("\"'")
+    # It comes as the repr of a repr: escapes and one or two layers of quotes.
+    text = str(error).replace("\\n", " ").replace("\\'", "")
+    text = " ".join(text.split()).strip("\"'")
     raise UserError(f"--config: unknown or unfit key: {text}") from error
   except OSError as error:
     raise UserError(
