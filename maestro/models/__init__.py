@@ -3,6 +3,8 @@
 from maestro.models.lenet import LeNet
 from maestro.models.linear import LinearAutoencoder, LinearMap
 from maestro.models.mlp import MLP
+from maestro.models.resnet import ResNet18, ResNet34
+from maestro.models.vgg import VGG19
 
 # MODELS[name](num_classes=..., **options).apply(variables, x) -> logits
 MODELS = {
@@ -10,4 +12,7 @@ MODELS = {
   "linear_autoencoder": LinearAutoencoder,
   "linear_map": LinearMap,
   "mlp": MLP,
+  "resnet18": ResNet18,
+  "resnet34": ResNet34,
+  "vgg19": VGG19,
 }
