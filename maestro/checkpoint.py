@@ -94,7 +94,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """List the saved steps, ascending."""
-    return _steps(self.directory)
+    return list_steps(self.directory)
 
   @property
   def latest(self) -> int | None:
@@ -233,7 +233,7 @@ def load_params(directory, step: int | None = None) -> tuple:
   """
   directory = pathlib.Path(directory).absolute()
   if step is None:
-    step = max(_steps(directory), default=None)
+    step = max(list_steps(directory), default=None)
   if step is None:
     raise CheckpointError(
       f"no checkpoint in {directory}; is it the right path?"
@@ -246,8 +246,9 @@ def load_params(directory, step: int | None = None) -> tuple:
   return *(tree.get(name, {}) for name in names), record["extra"]
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
-  """List by name: orbax renames a directory to its step when it is whole."""
+def list_steps(directory: pathlib.Path) -> list[int]:
+  """List the saved steps, oldest first."""
+  # By name: orbax renames a directory to its step when it is whole.
   try:
     names = [path.name for path in directory.iterdir() if path.is_dir()]
   except OSError as error:
@@ -311,7 +312,7 @@ def _record(leaves: dict[str, np.ndarray], extra: dict) -> dict:
 
 
 def _read_record(directory: pathlib.Path, step: int) -> dict:
-  steps = _steps(directory)
+  steps = list_steps(directory)
   if step not in steps:
     raise CheckpointError(f"no step {step} in {directory}, which has {steps}")
   try:
@@ -359,7 +360,7 @@ def _read_leaves(
 
 
 def _resume(directory: pathlib.Path, step: int) -> str:
-  older = [s for s in _steps(directory) if s < step]
+  older = [s for s in list_steps(directory) if s < step]
   return f"the previous step {older[-1]}" if older else "the start"
 
 

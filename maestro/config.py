@@ -154,8 +154,9 @@ class Truncate:
   """When shrunken factors are really cut, with params and optimizer state.
 
   Attributes:
-    max_compilations: bound on the programs (train steps and evaluations) that
-      a run may compile; cuts that would exceed it are left to the masks.
+    max_compilations: bound on the programs (train steps, evaluations and
+      recalibrations of batch norm) that a run may compile; cuts that would
+      exceed it are left to the masks.
     min_saving: fraction of the stored MACs that a cut within the discover
       phase must save. The start of the settle phase always cuts.
     multiple_of: ranks are rounded up to a multiple of this.
@@ -218,6 +219,8 @@ class Config:
     init_from: workdir of another run, whose newest checkpoint is the start.
     checkpoint: how often, and how many.
     eval_every_epochs: evaluation on the validation split.
+    batch_norm_examples: training examples from which batch statistics are
+      computed anew before a factored network is evaluated; None is all.
     log_every_steps: training metrics; None is once an epoch.
     steps_per_dispatch: steps per call of the device; None is 1 on CPUs, and up
       to 16 on accelerators.
@@ -241,6 +244,7 @@ class Config:
   init_from: str | None = None
   checkpoint: Checkpointing = dataclasses.field(default_factory=Checkpointing)
   eval_every_epochs: int = 1
+  batch_norm_examples: int | None = 4096
   log_every_steps: int | None = None
   steps_per_dispatch: int | None = None
   num_devices: int | None = None
@@ -283,6 +287,7 @@ def parse(config: Mapping[str, Any]) -> Config:
   for key, low in {
     "batch_size": 1,
     "eval_every_epochs": 1,
+    "batch_norm_examples": 1,
     "log_every_steps": 1,
     "steps_per_dispatch": 1,
     "seed": 0,

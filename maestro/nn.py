@@ -14,6 +14,7 @@ A rank is a run-time value: one compilation serves all of them.
 import contextlib
 import contextvars
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -307,6 +308,29 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
   )
 
 
+@contextlib.contextmanager
+def batch_statistics() -> Iterator[None]:
+  """Makes batch norm store the statistics of the batch alone.
+
+  Within it, the `batch_stats` that a model applied with train=True returns are
+  those of its batch, not a moving average, whatever each layer's momentum is.
+  """
+
+  def intercept(next_call, args, kwargs, context):
+    module = context.module
+    if not isinstance(module, nn.BatchNorm):
+      return next_call(*args, **kwargs)
+    momentum = module.momentum
+    object.__setattr__(module, "momentum", 0.0)  # modules are frozen
+    try:
+      return next_call(*args, **kwargs)
+    finally:
+      object.__setattr__(module, "momentum", momentum)
+
+  with nn.intercept_methods(intercept):
+    yield
+
+
 # ---------------------------------------------------------------------------
 # Reading a model
 # ---------------------------------------------------------------------------
@@ -444,6 +468,110 @@ def _outermost(interceptor):
   return intercept
 
 
+def _rows(module: nn.Module, x: jax.Array) -> jax.Array | None:
+  """Lays out what a layer's kernel multiplies: [*groups, N, n_in], by copying.
+
+  An embedding's are the indices that it looks up, [N]. None for other modules.
+  """
+  if isinstance(module, nn.Conv):
+    return _patches(module, x)
+  if isinstance(module, nn.Embed):
+    return x.reshape(-1)
+  if isinstance(module, nn.DenseGeneral):
+    axis, batch = _general_axes(module, x.ndim)
+    rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
+    groups = tuple(x.shape[a] for a in batch)
+    n_in = math.prod(x.shape[a] for a in axis)
+    x = jnp.transpose(x, (*batch, *rest, *axis))
+    return x.reshape((*groups, -1, n_in))
+  if isinstance(module, nn.Dense):
+    return x.reshape((-1, x.shape[-1]))
+  return None
+
+
+def _patches(module: nn.Conv, x: jax.Array) -> jax.Array:
+  """Unrolls a convolution's input: [(G,) N, window * in / G]."""
+  window = module.kernel_size
+  window = (window,) if isinstance(window, int) else tuple(window)
+  n = len(window)
+
+  def per_axis(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    value = 1 if value is None else value
+    return (value,) * n if isinstance(value, int) else tuple(value)
+
+  strides, dilation = per_axis(module.strides), per_axis(module.kernel_dilation)
+  x = x.reshape((-1, *x.shape[x.ndim - n - 1 :]))
+  x, pads = _pad(x, module.padding, window, dilation)
+  spans = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+  if isinstance(pads, str):
+    pads = jax.lax.padtype_to_pads(x.shape[1:-1], spans, strides, pads)
+  edges = [
+    (low, high, between - 1)
+    for (low, high), between in zip(
+      pads, per_axis(module.input_dilation), strict=True
+    )
+  ]
+  x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+  # Slices copy exactly, where a convolution with an identity may round.
+  lasts = [
+    max(0, (size - span) // stride + 1) * stride - stride + 1
+    for size, span, stride in zip(x.shape[1:-1], spans, strides, strict=True)
+  ]
+  patches = []
+  for offset in itertools.product(*map(range, window)):
+    start = [o * d for o, d in zip(offset, dilation, strict=True)]
+    stop = [a + last for a, last in zip(start, lasts, strict=True)]
+    patches.append(
+      jax.lax.slice(
+        x,
+        (0, *start, 0),
+        (x.shape[0], *stop, x.shape[-1]),
+        (1, *strides, 1),
+      )
+    )
+  g, size = module.feature_group_count, math.prod(window)
+  y = jnp.stack(patches, axis=-2)
+  if g == 1:
+    return y.reshape((-1, size * x.shape[-1]))
+  y = y.reshape((-1, size, g, x.shape[-1] // g))
+  return jnp.moveaxis(y, 2, 0).reshape((g, -1, size * (x.shape[-1] // g)))
+
+
+def capture_inputs(
+  model: nn.Module, variables: Any, *inputs: Any, **kwargs: Any
+) -> dict[str, tuple[jax.Array, ...]]:
+  """Runs a model and returns the rows that each layer's kernel multiplies.
+
+    {path: ([*groups, N, n_in], ...)}, one array for each call of the layer
+
+  A convolution's input is unrolled in the order of its kernel, (*window, in);
+  an embedding's is the indices it looks up, int [N]; its use as logits
+  (`attend`) is not captured. A layer under `nn.scan` appears only if the scan
+  has variable_axes={"params": 0, "captured": 0}; its array then leads with the
+  scan's axis. Can be traced.
+
+  Args:
+    model: a Flax Linen module.
+    variables: of the model; layers may be dense or factored.
+    *inputs: of the model.
+    **kwargs: passed on to the model, e.g. train=False.
+  """
+  paths: set[str] = set()
+
+  # Sown, not kept aside: so a value leaves `remat` and `scan` as they allow.
+  def record(next_call, args, kwargs, context):
+    if context.method_name == "__call__" and args:
+      rows = _rows(context.module, args[0])
+      if rows is not None and context.module.sow("captured", "inputs", rows):
+        paths.add(_path(context.module))
+    return next_call(*args, **kwargs)
+
+  with nn.intercept_methods(_outermost(record)):
+    _, state = model.apply(variables, *inputs, mutable=["captured"], **kwargs)
+  found = state.get("captured", {})
+  return {path: lowrank.get(found, path)["inputs"] for path in sorted(paths)}
+
+
 @contextlib.contextmanager
 def _recording() -> Iterator[set[str]]:
   paths: set[str] = set()
@@ -486,6 +614,8 @@ __all__ = [
   "Dense",
   "DenseGeneral",
   "Embed",
+  "batch_statistics",
+  "capture_inputs",
   "check_ranks",
   "layers",
   "max_pool",

@@ -36,6 +36,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from maestro import cli, report, train
+from maestro import workdir as workdir_lib
 from maestro.config import parse
 from maestro.errors import Interrupted, UserError
 from maestro.main import default_workdir
@@ -133,7 +134,7 @@ def search(
       row["accepted"], row["why"], record["verdict"] = _judge(runs, criterion)
       record["chosen"] = lam if row["accepted"] else None
     record["total"] = _total(runs)
-    train._write_json(workdir / "search.json", record)
+    workdir_lib.write_json(workdir / "search.json", record)
 
   run(None, 0)
   for i in range(most):
@@ -146,7 +147,7 @@ def search(
     for seed in range(1, criterion["seeds"]):
       run(None, seed)
       run(record["chosen"], seed)
-  train._write_json(workdir / "search.json", record)
+  workdir_lib.write_json(workdir / "search.json", record)
   _draw(runs, criterion, workdir / "search.png")
   _tell(record, results)
   return record
@@ -182,20 +183,23 @@ def _check(config: Mapping, criterion: Mapping[str, Any]) -> dict[str, Any]:
 
 def _open(workdir: pathlib.Path, config: Any, criterion: Mapping) -> dict:
   """Returns an empty record, if the workdir is not another search's."""
-  record = {"criterion": criterion, "config": train._plain(config)}
+  record = {"criterion": criterion, "config": workdir_lib.plain(config)}
   path = workdir / "search.json"
   if path.exists():
-    old = train._read_json(path)
+    old = workdir_lib.read_json(path)
     for part, prefix, remedy in (
       ("config", "--config.", ""),
       ("criterion", "--", ", or delete this file: finished runs are kept"),
     ):
-      there, here = train._flat(old.get(part, {})), train._flat(record[part])
+      there, here = (
+        workdir_lib.flatten(old.get(part, {})),
+        workdir_lib.flatten(record[part]),
+      )
       differ = [
         f"{prefix}{key}: {there.get(key)} there, {here.get(key)} here"
         for key in here | there
         if there.get(key) != here.get(key)
-        and key not in train._PLACES
+        and key not in workdir_lib.PLACES
         and not (key in ("max_runs", "seeds") and there.get(key, 0) < here[key])
       ]
       if differ:

@@ -13,29 +13,25 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import checkpoint, cost, lowrank, metrics, nn, optim, report
+from maestro import build, checkpoint, cost, lowrank, metrics, nn, optim, report
 from maestro import data as data_lib
+from maestro import workdir as workdir_lib
 from maestro.config import (
   Config,
   ConfigError,
   Phase,
-  bind,
-  choose,
   parse,
   parse_rules,
 )
 from maestro.errors import Interrupted, UserError
-from maestro.evaluate import make_evaluate
-from maestro.models import MODELS
 from maestro.provenance import git_commit
-from maestro.sampling import SAMPLERS
 from maestro.sharding import make_mesh, replicate
 from maestro.step import TrainState, make_dispatch, make_step, zero_metrics
 
@@ -93,11 +89,11 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
 
   # --- Options, so that wrong ones fail before data is read -----------------
   mesh = make_mesh(c.num_devices)
-  samplers = {p: _sampler(c, p) for p in ("discover", "settle")}
+  samplers = {p: build.make_sampler(c, p) for p in ("discover", "settle")}
   rules = parse_rules(c.rules) if c.method == "maestro" else []
   phases = [(p, getattr(c, p).epochs, getattr(c, p).schedule) for p in samplers]
   optim.make(c.optimizer, optim.make_schedule(phases, steps_per_epoch=1000))
-  finished = _finished_results(workdir, config)
+  finished = workdir_lib.finished_results(workdir, config)
   if finished is not None:
     print(f"{workdir}: this run is finished. Its results:\n")
     print(report.layer_table(finished))
@@ -105,21 +101,23 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
 
   # --- Data, model, optimizer -----------------------------------------------
   dataset = data_lib.make(**c.data)
-  model = make_model(c, dataset)
+  facts = build.Facts.of(dataset)
+  model = build.make_model(c, facts)
   steps_per_epoch = _steps_per_epoch(c, len(dataset.train), mesh.size)
   epochs = c.epochs
   total_steps = epochs * steps_per_epoch
   end_of_discover = c.discover.epochs * steps_per_epoch
   schedule = optim.make_schedule(phases, steps_per_epoch)
   tx = optim.make(c.optimizer, schedule)
-  example = _example(dataset)
+  example = facts.example
   layers = nn.layers(model, example)
   lowrank.resolve(rules, layers)
   dense_cost = cost.count_cost(layers, _dense_params(model, example)["params"])
-  _claim_workdir(workdir, config)
+  workdir_lib.claim(workdir, config, dataclasses.asdict(facts))
 
   # --- Programs ---------------------------------------------------------------
-  evaluate = _evaluator(c, model, dataset, mesh)
+  evaluate = build.make_evaluator(c, model, dataset, mesh)
+  recalibrate = build.make_recalibrator(c, model, dataset, mesh)
 
   @functools.cache
   def dispatch(phase_name: str, steps: int) -> Callable:
@@ -177,6 +175,14 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         ledger.wall_seconds = wall_before + time.monotonic() - started
         extra = {"ledger": dataclasses.asdict(ledger)}
         checkpoints.save(int(state.step), state, extra)
+
+      def recalibrated(state: TrainState) -> dict[str, Any]:
+        # Batch statistics belong to a sub-network; a dense one keeps its own.
+        variables = _variables(state)
+        if not (state.ranks and state.batch_stats):
+          return variables
+        ledger.compiles(f"recalibrate, {_form(state.params)}")
+        return recalibrate(variables)
 
       step = first_step
       if step == 0:
@@ -267,8 +273,9 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         last = epoch + 1 == epochs
         landmark = last or step == end_of_discover
         if landmark or (epoch + 1) % c.eval_every_epochs == 0:
+          variables = recalibrated(state)
           ledger.compiles(f"evaluate, {_form(state.params)}")
-          values = evaluate(_variables(state), dataset.val)
+          values = evaluate(variables, dataset.val)
           record |= {f"val/{key}": value for key, value in values.items()}
           _check_finite_window(record, step, checkpoints)
         record |= _rank_record(layers, state) | {
@@ -296,7 +303,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
 
     # --- The final model: exact ranks, merged where dense is cheaper ----------
     final = lowrank.extract(state.params, state.ranks, layers)
-    variables = _variables(state) | {"params": final}
+    variables = recalibrated(state.replace(params=final))
     ledger.compiles(f"evaluate, {_form(final)}")
     val = evaluate(variables, dataset.val)
     test = evaluate(variables, dataset.test)
@@ -305,7 +312,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     results = _results(
       config, c, ledger, layers, dense_cost, final, state, val, test
     )
-    _write_json(workdir / "results.json", results)
+    workdir_lib.write_json(workdir / "results.json", results)
     report.figures(workdir)
     print(f"\n{report.layer_table(results)}\n\n{workdir}: finished")
     return results
@@ -320,28 +327,20 @@ def evaluate_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     UserError: there is no run, or its checkpoint is broken.
   """
-  workdir = pathlib.Path(workdir)
-  path = workdir / "config.json"
-  if not path.exists():
-    raise TrainingError(
-      f"{path} is missing: --workdir must name the directory of a run"
-    )
-  c = parse(_read_json(path))
-  dataset = data_lib.make(**c.data)
-  model = make_model(c, dataset)
+  run = build.open_run(workdir)
+  c, dataset = run.config, data_lib.make(**run.config.data)
   mesh = make_mesh(c.num_devices)
-  layers = nn.layers(model, _example(dataset))
-  directory = workdir / "checkpoints"
-  params, batch_stats, ranks, _ = checkpoint.load_params(directory)
-  final = lowrank.extract(params, ranks, layers)
-  variables: dict[str, Any] = {"params": final}
-  if batch_stats:
-    variables["batch_stats"] = batch_stats
+  variables = {"params": lowrank.extract(run.params, run.ranks, run.layers)}
+  size = cost.count_cost(run.layers, variables["params"])
+  if run.batch_stats:
+    variables["batch_stats"] = run.batch_stats
   variables = replicate(variables, mesh)
-  evaluate = _evaluator(c, model, dataset, mesh)
-  size = cost.count_cost(layers, final)
+  evaluate = build.make_evaluator(c, run.model, dataset, mesh)
+  if run.ranks:
+    recalibrate = build.make_recalibrator(c, run.model, dataset, mesh)
+    variables = recalibrate(variables)
   return {
-    "step": max(int(p.name) for p in directory.iterdir() if p.name.isdigit()),
+    "step": run.step,
     "params": size.params,
     "macs": size.macs,
     "val": evaluate(variables, dataset.val),
@@ -352,38 +351,6 @@ def evaluate_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
 # ---------------------------------------------------------------------------
 # Set-up
 # ---------------------------------------------------------------------------
-
-
-def make_model(c: Config, dataset: data_lib.Dataset) -> Any:
-  """Builds config.model for a data set."""
-  where = "config.model"
-  cls, options = choose(MODELS, c.model, where)
-  given = {}
-  if "num_classes" in cls.__dataclass_fields__:
-    if dataset.num_classes is None:
-      raise ConfigError(
-        f"{where}.name: {c.model['name']!r} classifies, but the targets of"
-        f" {dataset.name!r} are not classes"
-      )
-    given = {"num_classes": dataset.num_classes}
-  if (dataset.num_classes is None) == (c.loss == "cross_entropy"):
-    raise ConfigError(
-      f"config.loss: {c.loss!r} does not fit the targets of {dataset.name!r};"
-      ' classes need "cross_entropy", vectors "squared_error"'
-    )
-  return cls(**bind(cls, options, where, tuple(given)), **given)
-
-
-def _sampler(c: Config, phase: str) -> Callable:
-  where = f"config.{phase}.sampler"
-  function, options = choose(SAMPLERS, getattr(c, phase).sampler, where)
-  options = bind(function, options, where, ("key", "ranks"))
-  sampler = functools.partial(function, **options)
-  try:  # a wrong value shows now, not within the first step
-    sampler(jax.random.key(0), {"rank": jnp.ones((), jnp.int32)})
-  except ValueError as error:
-    raise ConfigError(f"{where}: {error}") from error
-  return sampler
 
 
 def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
@@ -405,27 +372,6 @@ def _dispatch_size(steps_per_epoch: int) -> int:
   if jax.default_backend() == "cpu":
     return 1
   return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
-
-
-def _evaluator(c: Config, model: Any, dataset: data_lib.Dataset, mesh):
-  # Large batches are fast; they must also split over the devices.
-  batch_size = -(-max(c.batch_size, 500) // mesh.size) * mesh.size
-  return make_evaluate(
-    model,
-    loss=c.loss,
-    preprocess=dataset.preprocess,
-    batch_size=batch_size,
-    mesh=mesh,
-  )
-
-
-def _example(dataset: data_lib.Dataset) -> jax.ShapeDtypeStruct:
-  """Returns the abstract value of one preprocessed example, batch axis 1."""
-  inputs = dataset.train.inputs
-  return jax.eval_shape(
-    dataset.preprocess,
-    jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype),
-  )
 
 
 def _dense_params(model: Any, example: jax.ShapeDtypeStruct) -> Any:
@@ -568,8 +514,12 @@ def _worth_cutting(
   phase_end = c.discover.epochs if discovering else c.epochs
   if epoch + 1 >= phase_end:
     return False  # settling cuts anyway, and after the end nothing runs
-  # A step and an evaluation now, again when settling, and the final model.
-  needed = 2 + (2 if discovering and c.settle.epochs else 0) + 1
+  # A step and an evaluation now, again when settling, and the final model;
+  # with batch norm, a recalibration before each evaluation.
+  evaluation = 2 if state.batch_stats else 1
+  needed = 1 + evaluation
+  needed += 1 + evaluation if discovering and c.settle.epochs else 0
+  needed += evaluation
   if len(ledger.programs) + needed > c.truncate.max_compilations:
     return False
   ranks = jax.device_get(state.ranks)
@@ -716,7 +666,7 @@ def _results(
       }
     )
   return {
-    "config": json.loads(json.dumps(_plain(config))),
+    "config": json.loads(json.dumps(workdir_lib.plain(config))),
     "git": git_commit(),
     "device": f"{device.platform}: {device.device_kind}",
     "jax": jax.__version__,
@@ -747,110 +697,13 @@ def _write_spectra(workdir: pathlib.Path, name: str, state: TrainState) -> None:
   if not state.ranks:
     return
   path = workdir / "importance.json"
-  spectra = _read_json(path) if path.exists() and name != "start" else {}
+  spectra = (
+    workdir_lib.read_json(path) if path.exists() and name != "start" else {}
+  )
   scores = jax.device_get(lowrank.importance(state.params, state.ranks))
   # Stacked and grouped layers show their mean spectrum.
   spectra[name] = {
     layer: np.mean(x, axis=tuple(range(x.ndim - 1))).tolist()
     for layer, x in scores.items()
   }
-  _write_json(path, spectra)
-
-
-# ---------------------------------------------------------------------------
-# The workdir
-# ---------------------------------------------------------------------------
-
-# Keys in which two configs of one run may differ: where things are.
-_PLACES: Sequence[str] = ("data.data_dir",)
-
-
-def _plain(value: Any) -> Any:
-  if isinstance(value, Mapping):
-    return {key: _plain(v) for key, v in value.items()}
-  if isinstance(value, list | tuple):
-    return [_plain(v) for v in value]
-  return value
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-  if not isinstance(value, Mapping):
-    return {prefix: value}
-  flat = {}
-  for key, v in value.items():
-    flat |= _flat(v, f"{prefix}.{key}" if prefix else key)
-  return flat
-
-
-def _finished_results(workdir: pathlib.Path, config) -> dict | None:
-  """Returns the results of a finished run; changes nothing.
-
-  Raises:
-    TrainingError: the workdir belongs to another config, or is no run's.
-  """
-  path = workdir / "config.json"
-  if not path.exists():
-    if (workdir / "checkpoints").exists():
-      raise TrainingError(
-        f"{workdir} has checkpoints but no config.json, so it is no directory"
-        " of a run; choose another --workdir"
-      )
-    return None
-  results = workdir / "results.json"
-  if not _has_checkpoint(workdir) and not results.exists():
-    return None  # a start that failed: nothing is lost by another config
-  old, new = _flat(_read_json(path)), _flat(_plain(config))
-  changed = [
-    f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here"
-    for key in sorted(old.keys() | new.keys())
-    if key not in _PLACES and old.get(key, "absent") != new.get(key, "absent")
-  ]
-  if changed:
-    raise TrainingError(
-      f"{workdir} belongs to a run of another config"
-      f" ({'; '.join(changed[:5])}{'; ...' if changed[5:] else ''});"
-      " choose another --workdir, or delete this one"
-    )
-  return _read_json(results) if results.exists() else None
-
-
-def _has_checkpoint(workdir: pathlib.Path) -> bool:
-  return any((workdir / "checkpoints").glob("[0-9]*"))
-
-
-def _claim_workdir(workdir: pathlib.Path, config) -> None:
-  """Makes the workdir and writes config.json, once all options are checked.
-
-  Raises:
-    TrainingError: it cannot be written.
-  """
-  path = workdir / "config.json"
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (path.exists() and _has_checkpoint(workdir)):
-      _write_json(path, _plain(config))
-  except OSError as error:
-    raise TrainingError(
-      f"cannot write to workdir {workdir}: {error}; choose another --workdir"
-    ) from error
-
-
-def _read_json(path: pathlib.Path) -> dict:
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise TrainingError(
-      f"{path} is not valid JSON ({error}); restore it, or start in another"
-      " --workdir"
-    ) from error
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a file whole or not at all."""
-  new = path.with_name(path.name + ".tmp")
-  with new.open("w", encoding="utf-8") as file:
-    json.dump(value, file, indent=1)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(new, path)
+  workdir_lib.write_json(path, spectra)

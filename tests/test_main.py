@@ -11,7 +11,7 @@ import jax
 import pytest
 from absl.testing import flagsaver
 
-from maestro import cli, lowrank, main, nn, optim, train
+from maestro import build, cli, lowrank, main, nn, optim, train
 from maestro import data as data_lib
 from maestro.config import parse, parse_rules
 from maestro.errors import Interrupted
@@ -182,7 +182,11 @@ CONFIGS = [
   for variant in variants(path)
 ]
 # One example of data sets that need files: shape and number of classes.
-SHAPES = {"mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1)}
+SHAPES = {
+  "cifar10": (32, 32, 3),
+  "fashion_mnist": (28, 28, 1),
+  "mnist": (28, 28, 1),
+}
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,8 @@ def test_every_shipped_config_builds(path, variant, method):
     x = jax.ShapeDtypeStruct(shape, "float32")
   else:
     dataset = data_lib.make(**c.data)
-    model, x = train.make_model(c, dataset), train._example(dataset)
+    facts = build.Facts.of(dataset)
+    model, x = build.make_model(c, facts), facts.example
   layers = nn.layers(model, x)
   phases = [
     (p, getattr(c, p).epochs, getattr(c, p).schedule)
@@ -219,7 +224,7 @@ def test_every_shipped_config_builds(path, variant, method):
   params, _ = jax.eval_shape(initial, jax.random.key(0))
   assert bool(lowrank.factored(params)) == (method == "maestro")
   for name in ("discover", "settle"):
-    train._sampler(c, name)
+    build.make_sampler(c, name)
 
 
 @pytest.mark.parametrize(

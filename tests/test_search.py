@@ -11,7 +11,7 @@ import warnings
 import pytest
 from absl.testing import flagsaver
 
-from maestro import cli, search, train
+from maestro import cli, search, train, workdir
 from maestro.errors import Interrupted, UserError
 
 DENSE = 0.95
@@ -231,7 +231,9 @@ def test_runs_differ_in_lambda_method_and_seed_alone(fake, tmp_path):
   run(tmp_path, config, seeds=2)
   assert config == CONFIG
   for row in json.loads((tmp_path / "search.json").read_text())["runs"]:
-    ran = train._read_json(tmp_path / row["workdir"] / "results.json")["config"]
+    ran = workdir.read_json(tmp_path / row["workdir"] / "results.json")[
+      "config"
+    ]
     want = json.loads(json.dumps(CONFIG)) | {"seed": row["seed"]}
     if row["lam"] is None:
       want["method"] = "dense"
@@ -383,7 +385,7 @@ def test_digits_end_to_end(command, monkeypatch, tmp_path, capsys):
   assert (tmp_path / "search.png").exists()
   dense, row = record["runs"]
   assert (dense["params_fraction"], dense["macs_fraction"]) == (1, 1)
-  results = train._read_json(tmp_path / row["workdir"] / "results.json")
+  results = workdir.read_json(tmp_path / row["workdir"] / "results.json")
   assert results["config"]["discover"]["lam"] == 0.01
   val = results["final"]["val_metrics"]
   assert row["val_accuracy"] == val["accuracy"]

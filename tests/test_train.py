@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maestro import checkpoint, lowrank, metrics, report, train
+from maestro import build, checkpoint, lowrank, metrics, report, train
 from maestro import data as data_lib
 from maestro.config import parse
 from maestro.errors import Interrupted, UserError
@@ -199,7 +199,7 @@ def test_a_killed_run_resumes_bit_identically(
     "results": (report, "layer_table"),
   }[point]
   if point == "results":
-    owner, name, at = train, "_results" if when == "before" else "_plain", 1
+    owner, name, at = train, "_results", 1
     if when == "after":
       owner, name = report, "layer_table"
   original, count = getattr(owner, name), 0
@@ -392,7 +392,7 @@ def test_a_cut_changes_no_evaluation(tmp_path, monkeypatch):
   train.train(config(), tmp_path)
   assert len(pairs) == 2
   dataset = data_lib.make("digits")
-  model = train.make_model(parse(config()), dataset)
+  model = build.make_model(parse(config()), build.Facts.of(dataset))
   x = dataset.preprocess(jnp.asarray(dataset.val.inputs))
   for before, ranks, after in pairs:
     sizes = [
@@ -515,19 +515,20 @@ def test_a_broken_json_file_is_named(name, tmp_path, reference):
     train.train(config(), workdir)
 
 
+# Orbax drops its other reads when the first one fails, which asyncio reports.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_corrupt_newest_checkpoint_stops_the_run(tmp_path, reference):
   workdir = tmp_path / "run"
   shutil.copytree(reference, workdir)
   (workdir / "results.json").unlink()  # so that it is not finished
   newest = workdir / "checkpoints" / "48"
-  arrays = [
-    p for p in (newest / "state").rglob("*") if p.is_file() and "d" in p.parts
-  ] or [p for p in newest.rglob("*") if p.is_file()]
-  largest = max(arrays, key=lambda p: p.stat().st_size)
-  content = bytearray(largest.read_bytes())
-  for i in range(len(content) // 2, len(content) // 2 + 8):
-    content[i] ^= 255
-  largest.write_bytes(content)
+  # Every data file: which of them holds an array, small ones share, varies.
+  for path in (newest / "state").rglob("*"):
+    if path.is_file() and "d" in path.parts:
+      content = bytearray(path.read_bytes())
+      for i in range(len(content) // 2, len(content) // 2 + 8):
+        content[i] ^= 255
+      path.write_bytes(content)
   with pytest.raises(UserError, match=r"checkpoints/48.*delete"):
     train.train(config(), workdir)
   assert not (workdir / "results.json").exists()
