@@ -163,6 +163,13 @@ def test_rank_zero_of_an_adapter_leaves_its_base(cases):
 # ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def accelerator(monkeypatch):
+  """Traces as for a TPU: on CPUs, `ops.convolution` is no plain `lax` call."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+
+@pytest.mark.usefixtures("accelerator")
 def test_dense_form_is_the_flax_layer(case):
   ours, theirs = (
     str(jax.make_jaxpr(m.init_with_output)(jax.random.key(3), case.x))
@@ -194,6 +201,7 @@ PRECISE = {"precision": "highest"}
 NO_BIAS = {"use_bias": False}
 
 
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("options", [HALF, HALF_PARAMS, PRECISE, NO_BIAS])
 @pytest.mark.parametrize(
   ("name", "shape", "arguments"),

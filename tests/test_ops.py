@@ -1,5 +1,7 @@
 """Tests of the low-rank products against NumPy in double precision."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,3 +204,86 @@ def test_conv_refuses_shapes_that_do_not_fit(u, v, groups):
     ops.lowrank_conv(
       jnp.asarray(IMAGE), jnp.ones(u), jnp.ones(v), groups=groups
     )
+
+
+# ---------------------------------------------------------------------------
+# Convolutions that are a product on CPUs
+# ---------------------------------------------------------------------------
+
+CONVOLUTIONS = {
+  "2x2": ((2, 2), (3, 3), (1, 1), "SAME", (1, 1)),
+  "4x4": ((4, 4), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+  "1x1 pixel": ((1, 1), (3, 3), (1, 1), "SAME", (1, 1)),
+  "window of one": ((9, 7), (1, 1), (1, 1), "VALID", (1, 1)),
+  "strided window of one": ((9, 7), (1, 1), (2, 3), "SAME", (1, 1)),
+  "strided": ((8, 7), (3, 2), (2, 3), "SAME", (1, 1)),
+  "odd padding": ((5, 3), (3, 3), (2, 1), ((0, 2), (1, 0)), (1, 1)),
+  "dilated": ((6, 6), (2, 3), (1, 1), ((0, 1), (1, 0)), (3, 2)),
+  "negative padding": ((6, 6), (2, 2), (1, 1), ((-1, 0), (0, -2)), (1, 1)),
+  "one axis": ((12,), (5,), (1,), "SAME", (2,)),
+  "three axes": ((2, 3, 2), (2, 2, 3), (1, 1, 1), "SAME", (1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_as_a_product_equals_lax(name):
+  space, window, strides, padding, dilation = CONVOLUTIONS[name]
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(3, *space, 4)).astype(np.float32)
+  kernel = rng.normal(size=(*window, 4, 5)).astype(np.float32)
+  n = len(space)
+  numbers = jax.lax.ConvDimensionNumbers(
+    (0, n + 1, *range(1, n + 1)),
+    (n + 1, n, *range(n)),
+    (0, n + 1, *range(1, n + 1)),
+  )
+
+  def run(convolve):
+    def f(x, kernel):
+      return convolve(
+        x,
+        kernel,
+        strides,
+        padding,
+        lhs_dilation=(1,) * n,
+        rhs_dilation=dilation,
+        dimension_numbers=numbers,
+        feature_group_count=1,
+        precision=None,
+      )
+
+    y, pull = jax.vjp(f, x, kernel)
+    return str(jax.make_jaxpr(f)(x, kernel)), (y, *pull(jnp.cos(y)))
+
+  program, found = run(ops.convolution)
+  assert "conv_general_dilated" not in program
+  _, wanted = run(jax.lax.conv_general_dilated)
+  for a, b in zip(found, wanted, strict=True):
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_large_grouped_and_accelerators_convolutions_stay_with_xla(
+  monkeypatch,
+):
+  x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 5))
+
+  def program(x, kernel, groups=1):
+    f = functools.partial(
+      ops.convolution,
+      strides=(1, 1),
+      padding="SAME",
+      lhs_dilation=(1, 1),
+      rhs_dilation=(1, 1),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=groups,
+      precision=None,
+    )
+    return str(jax.make_jaxpr(f)(x, kernel))
+
+  assert "conv_general_dilated" in program(x, kernel)
+  small = x[:, :4, :4]
+  assert "conv_general_dilated" not in program(small, kernel)
+  assert "conv_general_dilated" in program(small, kernel[:, :, :2, :4], 2)
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert "conv_general_dilated" in program(small, kernel)

@@ -5,8 +5,11 @@ reach neither the output nor a gradient. It costs the full rank; what is
 smaller in the arrays is also faster.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from maestro.lowrank import mask_factor
@@ -57,7 +60,7 @@ def conv(
   )
 
   def convolve(x, u):
-    return lax.conv_general_dilated(
+    return convolution(
       x,
       u,
       strides,
@@ -82,3 +85,98 @@ def conv(
   else:
     y = jnp.dot(h, v, precision=precision)
   return _add_bias(y, bias)
+
+
+# ---------------------------------------------------------------------------
+# A convolution as one product, where XLA's own is slow
+# ---------------------------------------------------------------------------
+
+# XLA:CPU takes a hundred times as long as a product for outputs of 2 x 2
+# pixels, and about as long at 4 x 4; see docs/performance.md.
+_FEW_PIXELS = 16
+
+
+def convolution(
+  x,
+  kernel,
+  strides,
+  padding,
+  *,
+  lhs_dilation,
+  rhs_dilation,
+  dimension_numbers,
+  feature_group_count,
+  **options,
+):
+  """Computes `lax.conv_general_dilated`, on CPUs by a product if that is fast.
+
+  That is the case for windows of one pixel and for outputs of few pixels:
+  there, shifted slices of the padded input, side by side, are multiplied with
+  the kernel as a matrix. On accelerators XLA's convolution is always used.
+  """
+  numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+  last, n = x.ndim - 1, x.ndim - 2
+  channels_last = numbers == lax.ConvDimensionNumbers(
+    (0, last, *range(1, last)), (last, n, *range(n)), (0, last, *range(1, last))
+  )
+  lhs_dilation = tuple(lhs_dilation or (1,) * n)
+  rhs_dilation = tuple(rhs_dilation or (1,) * n)
+  strides = tuple(strides)
+  if (
+    jax.default_backend() == "cpu"
+    and channels_last
+    and feature_group_count == 1
+    and set(lhs_dilation) <= {1}
+    and kernel.size
+  ):
+    window = kernel.shape[:n]
+    spans = [(k - 1) * d + 1 for k, d in zip(window, rhs_dilation, strict=True)]
+    if isinstance(padding, str):
+      padding = lax.padtype_to_pads(x.shape[1:-1], spans, strides, padding)
+    pixels = [
+      (size + low + high - span) // stride + 1
+      for size, (low, high), span, stride in zip(
+        x.shape[1:-1], padding, spans, strides, strict=True
+      )
+    ]
+    few = math.prod(pixels) <= _FEW_PIXELS and min(pixels, default=0) > 0
+    if few or (math.prod(window) == 1 and not any(map(any, padding))):
+      return _product(
+        x, kernel, strides, padding, rhs_dilation, pixels, options["precision"]
+      )
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    strides,
+    padding,
+    lhs_dilation=lhs_dilation,
+    rhs_dilation=rhs_dilation,
+    dimension_numbers=dimension_numbers,
+    feature_group_count=feature_group_count,
+    **options,
+  )
+
+
+def _product(x, kernel, strides, padding, dilation, pixels, precision):
+  """Multiplies patches [b, *pixels, window in] with [window in, out]."""
+  window = kernel.shape[:-2]
+  zero = jnp.zeros((), x.dtype)
+  x = lax.pad(x, zero, [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
+  patches = []
+  for offset in np.ndindex(window):
+    start = [o * d for o, d in zip(offset, dilation, strict=True)]
+    limit = [
+      a + (n - 1) * s + 1
+      for a, n, s in zip(start, pixels, strides, strict=True)
+    ]
+    patches.append(
+      lax.slice(
+        x,
+        (0, *start, 0),
+        (x.shape[0], *limit, x.shape[-1]),
+        (1, *strides, 1),
+      )
+    )
+  x = lax.concatenate(patches, x.ndim - 1)
+  kernel = kernel.reshape((math.prod(kernel.shape[:-1]), kernel.shape[-1]))
+  return jnp.dot(x, kernel, precision=precision)
