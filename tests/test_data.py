@@ -103,7 +103,7 @@ def test_digits_are_the_same_each_time_and_not_preprocessed():
 TRAIN, TEST = 20, 5
 
 
-def write_images(root, name="mnist", version="3.0.1"):
+def write_images(root, name="mnist", version="3.0.1", shape=(28, 28, 1)):
   """Write a small data set as tensorflow-datasets would; return its images."""
   import tensorflow_datasets as tfds
   from array_record.python import array_record_module
@@ -113,13 +113,13 @@ def write_images(root, name="mnist", version="3.0.1"):
   directory.mkdir(parents=True)
   features = tfds.features.FeaturesDict(
     {
-      "image": tfds.features.Image(shape=(28, 28, 1)),
+      "image": tfds.features.Image(shape=shape),
       "label": tfds.features.ClassLabel(num_classes=10),
     }
   )
   features.save_config(directory)
   rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (TRAIN + TEST, 28, 28, 1), dtype=np.uint8)
+  images = rng.integers(0, 256, (TRAIN + TEST, *shape), dtype=np.uint8)
   splits = {"train": images[:TRAIN], "test": images[TRAIN:]}
   for split, members in splits.items():
     writer = array_record_module.ArrayRecordWriter(
@@ -127,7 +127,8 @@ def write_images(root, name="mnist", version="3.0.1"):
       "group_size:1",
     )
     for i, pixels in enumerate(members):
-      example = {"image": Image.fromarray(pixels[..., 0]), "label": i % 10}
+      pixels = pixels[..., 0] if shape[-1] == 1 else pixels
+      example = {"image": Image.fromarray(pixels), "label": i % 10}
       writer.write(features.serialize_example(features.encode_example(example)))
     writer.close()
   info = {
@@ -147,9 +148,16 @@ def write_images(root, name="mnist", version="3.0.1"):
   return images
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+IMAGE_SETS = {
+  "cifar10": (32, 32, 3),
+  "fashion_mnist": (28, 28, 1),
+  "mnist": (28, 28, 1),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_SETS)
 def test_images_are_read_without_tensorflow(tmp_path, name):
-  images = write_images(tmp_path, name)
+  images = write_images(tmp_path, name, shape=IMAGE_SETS[name])
   small = data.make(name, data_dir=tmp_path, val_examples=4)
   assert "tensorflow" not in sys.modules
   assert small.name == name and small.num_classes == 10
@@ -230,6 +238,43 @@ def test_val_examples_are_checked(tmp_path, val_examples):
     data.make("mnist", data_dir=tmp_path, val_examples=val_examples)
 
 
+@pytest.mark.parametrize("name", IMAGE_SETS)
+def test_train_examples_are_the_first(tmp_path, name):
+  images = write_images(tmp_path, name, shape=IMAGE_SETS[name])
+  small = data.make(
+    name, data_dir=tmp_path, val_examples=4, train_examples=TRAIN - 4
+  )
+  assert len(small.train) == TRAIN - 4
+  small = data.make(name, data_dir=tmp_path, val_examples=4, train_examples=7)
+  np.testing.assert_array_equal(small.train.inputs, images[:7])
+  np.testing.assert_array_equal(small.train.targets, range(7))
+  # The other splits stay as they are.
+  np.testing.assert_array_equal(small.val.inputs, images[TRAIN - 4 : TRAIN])
+  assert len(small.test) == TEST
+
+
+@pytest.mark.parametrize("train_examples", [0, -1, 2.5, True, TRAIN - 3])
+def test_train_examples_are_checked(tmp_path, train_examples):
+  write_images(tmp_path, "cifar10", shape=(32, 32, 3))
+  with pytest.raises(data.DataError, match=r"config\.data\.train_examples="):
+    data.make(
+      "cifar10",
+      data_dir=tmp_path,
+      val_examples=4,
+      train_examples=train_examples,
+    )
+
+
+def test_only_cifar10_augments_and_only_with_a_key(tmp_path):
+  for name, shape in IMAGE_SETS.items():
+    images = write_images(tmp_path, name, shape=shape)
+    small = data.make(name, data_dir=tmp_path, val_examples=4)
+    plain = small.preprocess(images)
+    assert plain.shape == images.shape and plain.dtype == jnp.float32
+    again = small.preprocess(images, jax.random.key(0))
+    assert np.array_equal(plain, again) == (name != "cifar10")
+
+
 def test_standardize():
   pixels = np.array([[0, 255]], np.uint8)
   out = jax.jit(lambda x: image.standardize(x, mean=0.25, std=0.5))(pixels)
@@ -240,14 +285,18 @@ def test_standardize():
 # --- image sets, whole ---
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_whole_image_sets(name):
+def whole_set(name):
   root = os.environ.get("TFDS_DATA_DIR")
   if not root:
     pytest.skip("TFDS_DATA_DIR is not set")
   if not (pathlib.Path(root) / name).is_dir():
     pytest.skip(f"TFDS_DATA_DIR has no {name}")
-  whole = data.make(name)
+  return data.make(name)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_whole_image_sets(name):
+  whole = whole_set(name)
   splits = (whole.train, whole.val, whole.test)
   assert [len(split) for split in splits] == [55_000, 5_000, 10_000]
   for split in splits:
@@ -259,6 +308,30 @@ def test_whole_image_sets(name):
   out = jax.jit(whole.preprocess)(whole.train.inputs)
   assert out.dtype == jnp.float32
   assert abs(out.mean()) < 0.01 and abs(out.std() - 1) < 0.01
+
+
+def test_whole_cifar10():
+  whole = whole_set("cifar10")
+  splits = (whole.train, whole.val, whole.test)
+  assert [len(split) for split in splits] == [45_000, 5_000, 10_000]
+  for split in splits:
+    assert split.inputs.shape[1:] == whole.input_shape == (32, 32, 3)
+    assert split.inputs.dtype == np.uint8
+  # 6,000 images of each class: the rule of the last 5,000 keeps near balance.
+  counts = [np.bincount(split.targets) for split in splits]
+  np.testing.assert_array_equal(sum(counts), np.full(10, 6000))
+  assert counts[1].min() >= 450 and counts[1].max() <= 550
+  # The means are the train split's. The recipe's deviations are smaller than
+  # those over all pixels, 0.247 on average: they are means over images.
+  raw = whole.train.inputs[::10] / np.float32(255)
+  np.testing.assert_allclose(
+    raw.mean((0, 1, 2)), (0.4914, 0.4822, 0.4465), atol=5e-3
+  )
+  np.testing.assert_allclose(
+    raw.std((1, 2)).mean(0), (0.2023, 0.1994, 0.2010), atol=5e-3
+  )
+  out = jax.jit(whole.preprocess)(whole.train.inputs[::10])
+  assert np.abs(out.mean((0, 1, 2))).max() < 0.03
 
 
 # --- linear ---

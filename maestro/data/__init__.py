@@ -19,6 +19,7 @@ from maestro.data.dataset import DataError, Dataset, Split
 __all__ = ["DATASETS", "DataError", "Dataset", "Split", "epoch_order", "make"]
 
 DATASETS = {
+  "cifar10": image.cifar10,
   "digits": digits.load,
   "fashion_mnist": image.fashion_mnist,
   "linear": synthetic.linear,

@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,32 +15,79 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from maestro.data import augment
 from maestro.data.dataset import DataError, Dataset, Split
 
 
-def mnist(*, data_dir=None, val_examples: int = 5000) -> Dataset:
-  """Load MNIST: 28x28x1 uint8, 10 classes; see `_load`."""
-  return _load("mnist", data_dir, val_examples, mean=0.1307, std=0.3081)
+def cifar10(
+  *,
+  data_dir=None,
+  val_examples: int = 5000,
+  train_examples: int | None = None,
+) -> Dataset:
+  """Load CIFAR-10: 32x32x3 uint8, 10 classes; see `_load`.
+
+  Training images are padded by 4 black pixels, cropped back at random and
+  mirrored at random, before they are standardized (the paper's recipe).
+  """
+  preprocess = functools.partial(
+    standardize,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2023, 0.1994, 0.2010),
+    augmentation=augment.pad_crop_flip,
+  )
+  return _load("cifar10", data_dir, val_examples, train_examples, preprocess)
 
 
-def fashion_mnist(*, data_dir=None, val_examples: int = 5000) -> Dataset:
+def fashion_mnist(
+  *,
+  data_dir=None,
+  val_examples: int = 5000,
+  train_examples: int | None = None,
+) -> Dataset:
   """Load Fashion-MNIST: 28x28x1 uint8, 10 classes; see `_load`."""
-  return _load("fashion_mnist", data_dir, val_examples, mean=0.2860, std=0.3530)
+  preprocess = functools.partial(standardize, mean=0.2860, std=0.3530)
+  return _load(
+    "fashion_mnist", data_dir, val_examples, train_examples, preprocess
+  )
+
+
+def mnist(
+  *,
+  data_dir=None,
+  val_examples: int = 5000,
+  train_examples: int | None = None,
+) -> Dataset:
+  """Load MNIST: 28x28x1 uint8, 10 classes; see `_load`."""
+  preprocess = functools.partial(standardize, mean=0.1307, std=0.3081)
+  return _load("mnist", data_dir, val_examples, train_examples, preprocess)
 
 
 def standardize(
   inputs: jax.Array,
   key: jax.Array | None = None,
   *,
-  mean: float,
-  std: float,
+  mean: float | Sequence[float],
+  std: float | Sequence[float],
+  augmentation: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-  """Map uint8 pixels x [n, ...] to float32 (x / 255 - mean) / std."""
-  del key  # No augmentation.
-  return (jnp.asarray(inputs, jnp.float32) / 255 - mean) / std
+  """Map uint8 pixels x [n, ..., c] to float32 (x / 255 - mean) / std.
+
+  Args:
+    inputs: raw pixels.
+    key: JAX key, in training only: asks for augmentation.
+    mean: one number, or one for each of the c channels.
+    std: likewise.
+    augmentation: `(raw pixels, key) -> raw pixels`; None is none.
+  """
+  if augmentation is not None and key is not None:
+    inputs = augmentation(inputs, key)
+  channels = (1,) * (inputs.ndim - 1) + (-1,)
+  m, s = (np.reshape(np.float32(x), channels) for x in (mean, std))
+  return (jnp.asarray(inputs, jnp.float32) / 255 - m) / s
 
 
-def _load(name, data_dir, val_examples, *, mean, std) -> Dataset:
+def _load(name, data_dir, val_examples, train_examples, preprocess) -> Dataset:
   """Read a prepared image set into host memory; never download.
 
   The validation split is the *last* `val_examples` of the stored train split.
@@ -51,24 +99,41 @@ def _load(name, data_dir, val_examples, *, mean, std) -> Dataset:
     data_dir: Directory that holds `<name>/<version>/`. None: the environment
       variable TFDS_DATA_DIR, else ~/tensorflow_datasets.
     val_examples: Size of the validation split, in (0, n) for n train examples.
-    mean: Mean of all train pixels, in [0, 1].
-    std: Standard deviation of all train pixels, in [0, 1].
+    train_examples: Train on the first so many of the rest, for short runs;
+      None is all of them.
+    preprocess: Of the data set, see `Dataset`.
 
   Returns:
     Inputs [n, h, w, c] uint8, targets [n] int32.
 
   Raises:
     DataError: If the set is missing, damaged or not in a random-access format,
-      or `val_examples` is out of range.
+      or `val_examples` or `train_examples` is out of range.
   """
-  if not isinstance(val_examples, int) or val_examples <= 0:
-    raise DataError(
-      f"config.data.val_examples={val_examples!r} must be a positive integer"
-    )
+  for key, value in (
+    ("val_examples", val_examples),
+    ("train_examples", train_examples),
+  ):
+    if value is None and key == "train_examples":
+      continue
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+      raise DataError(f"config.data.{key}={value!r} must be a positive integer")
   directory = _find(name, data_dir)
   try:
-    inputs, targets, num_classes = _read(directory, "train")
-    test_inputs, test_targets, _ = _read(directory, "test")
+    train, test = _open(directory, "train"), _open(directory, "test")
+    n = len(train) - val_examples
+    size = _train_size(name, n, val_examples, train_examples)
+    # A short run also decodes only what it uses.
+    return Dataset(
+      name=name,
+      train=_read(train, range(size)),
+      val=_read(train, range(n, len(train))),
+      test=_read(test, range(len(test))),
+      num_classes=train.dataset_info.features["label"].num_classes,
+      preprocess=preprocess,
+    )
+  except (DataError, ImportError, MemoryError):
+    raise  # Not the data's fault.
   except NotImplementedError as error:
     # What tensorflow-datasets raises for formats without random access.
     raise DataError(
@@ -77,8 +142,6 @@ def _load(name, data_dir, val_examples, *, mean, std) -> Dataset:
       " directory or after deleting this one:\n"
       f"{_prepare_command(name, directory.parent.parent)}"
     ) from error
-  except (ImportError, MemoryError):
-    raise  # The machine's fault, not the data's.
   except Exception as error:
     # Damage shows as any of a dozen types: JSON, protobuf, reader, PNG, ...
     raise DataError(
@@ -86,20 +149,24 @@ def _load(name, data_dir, val_examples, *, mean, std) -> Dataset:
       f" ({type(error).__name__}: {error}). Delete that directory, then prepare"
       f" the data set again:\n{_prepare_command(name, directory.parent.parent)}"
     ) from error
-  n = len(inputs) - val_examples
+
+
+def _train_size(name, n, val_examples, train_examples) -> int:
+  """Check the options against the n examples beside the validation split."""
   if n <= 0:
     raise DataError(
       f"config.data.val_examples={val_examples} leaves nothing to train on:"
-      f" {name!r} has {len(inputs)} train examples. Choose a smaller number."
+      f" {name!r} has {n + val_examples} train examples. Choose a smaller"
+      " number."
     )
-  return Dataset(
-    name=name,
-    train=Split(inputs[:n], targets[:n]),
-    val=Split(inputs[n:], targets[n:]),
-    test=Split(test_inputs, test_targets),
-    num_classes=num_classes,
-    preprocess=functools.partial(standardize, mean=mean, std=std),
-  )
+  if train_examples is None:
+    return n
+  if train_examples > n:
+    raise DataError(
+      f"config.data.train_examples={train_examples} is too many: {name!r} has"
+      f" {n} left beside config.data.val_examples={val_examples}"
+    )
+  return train_examples
 
 
 def _find(name, data_dir) -> pathlib.Path:
@@ -132,22 +199,26 @@ def _prepare_command(name, root) -> str:
   )
 
 
-def _read(directory, split):
-  """Return images [n, h, w, c] uint8, labels [n] int32, number of classes."""
+def _open(directory, split) -> Any:
+  """Return the random-access source of a split's encoded examples."""
   # Imported here: it takes a second, which sets without files need not spend.
   import tensorflow_datasets as tfds
 
   builder: Any = tfds.builder_from_directory(directory)
-  # One batched read, and Pillow called directly: a third of the time of
-  # `source[i]`, which reads one record and walks the feature tree each time.
-  source = builder.as_data_source(
+  return builder.as_data_source(
     split, decoders={"image": tfds.decode.SkipDecoding()}
   )
-  examples = source.__getitems__(range(len(source)))
-  shape = builder.info.features["image"].shape
+
+
+def _read(source, indices) -> Split:
+  """Return images [n, h, w, c] uint8 and labels [n] int32 at some indices."""
+  # One batched read, and Pillow called directly: a third of the time of
+  # `source[i]`, which reads one record and walks the feature tree each time.
+  examples = source.__getitems__(indices)
+  shape = source.dataset_info.features["image"].shape
   images = np.empty((len(examples), *shape), np.uint8)
   for i, example in enumerate(examples):
     pixels = np.asarray(Image.open(io.BytesIO(example["image"])))
     images[i] = pixels.reshape(shape)
   labels = np.array([example["label"] for example in examples], np.int32)
-  return images, labels, builder.info.features["label"].num_classes
+  return Split(images, labels)
