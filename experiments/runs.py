@@ -1,0 +1,53 @@
+"""Runs trainings in processes of their own, and writes results files."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maestro.errors import UserError
+
+
+class RunError(UserError):
+  """A training did not finish; says where its log is."""
+
+
+def run(
+  config: str, workdir: str | os.PathLike, overrides: Sequence[str] = ()
+) -> None:
+  """Trains, or resumes, by `python -m maestro.main`; a finished run stays.
+
+  Args:
+    config: config file, with its variants after a colon.
+    workdir: directory of the run; its log.txt gets what the run prints.
+    overrides: more arguments, e.g. "--config.discover.lam=1e-3".
+
+  Raises:
+    RunError: the run ended with an error, or was interrupted.
+  """
+  workdir = pathlib.Path(workdir)
+  command = [sys.executable, "-m", "maestro.main", f"--config={config}"]
+  command += [f"--workdir={workdir}", *overrides]
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / "log.txt").open("a") as log:
+    code = subprocess.run(command, stdout=log, stderr=log).returncode
+  if code:
+    raise RunError(f"{workdir} ended with code {code}; see its log.txt")
+
+
+def write_results(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+  """Writes a results file: indented JSON, each list of numbers on one line.
+
+  Raises:
+    ValueError: a number is not finite, which JSON cannot hold.
+  """
+  text = json.dumps(record, indent=1, allow_nan=False)
+  innermost = r"\[[^\[\]{}]*\]"
+  text = re.sub(innermost, lambda match: " ".join(match[0].split()), text)
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text + "\n", encoding="utf-8")
