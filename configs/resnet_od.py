@@ -14,9 +14,9 @@ sampling to the end; untested with a settling phase. ResNet-34 is
           training images are trained on
   gpu     24 + 16 epochs in bfloat16, batches of 512, all but 500 training
           images: meant for minutes on one data-centre GPU; untested
-  short   300 + 100 steps of 64 images out of 6,400, on CPUs: a demonstration,
-          from which nothing follows about accuracy. Lambda, 5e-4, is what it
-          takes to move ranks within 300 steps; untested
+  short   300 + 100 steps of 32 images out of 3,200, on CPUs: a demonstration,
+          from which nothing follows about accuracy. Lambda, 1e-3, is what it
+          takes to move ranks within 300 steps
   smoke   two epochs of 8 steps with an eighth of the channels, to see that
           everything runs
 """
@@ -133,16 +133,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint.every_epochs = 12
     c.eval_every_epochs = 8
   if "short" in variants:
-    c.batch_size = 64
-    c.data.train_examples = 6400
+    c.batch_size = 32
+    c.data.train_examples = 3200
     c.data.val_examples = 512
     c.discover.epochs = 3
     c.settle.epochs = 1
     c.discover.schedule.learning_rate = 0.05
     c.settle.schedule = ConfigDict({"name": "constant", "learning_rate": 0.005})
-    c.discover.lam = 5e-4
+    c.discover.lam = 1e-3
     c.threshold = 1e-3
     c.truncate.max_compilations = 12
+    c.truncate.min_saving = 0.3
     c.truncate.multiple_of = 1
     c.batch_norm_examples = 512
     c.checkpoint.every_epochs = 1

@@ -51,7 +51,6 @@ ROWS: dict[str, dict[str, list[str]]] = {
   # Larger ones: there are only 300 steps in which they can act.
   "short": {
     "dense": _DENSE,
-    "lam5e-4": ["--config.discover.lam=5e-4"],
     "lam1e-3": ["--config.discover.lam=1e-3"],
   },
 }

@@ -98,7 +98,7 @@ def test_short_makes_at_least_300_steps(name):
   c = parse(get(name, "short").to_dict())
   assert c.batch_size == 64 and c.log_every_steps == 10
   assert steps(c) * c.discover.epochs >= 300
-  assert (c.data["train_examples"], c.batch_norm_examples) == (6400, 512)
+  assert (c.data["train_examples"], c.batch_norm_examples) == (3200, 512)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
