@@ -56,8 +56,8 @@ ROWS: dict[str, dict[str, list[str]]] = {
 }
 
 # What others report; None is not available. (name, accuracy %, params in M,
-# MACs in G), from Horvath et al., ICML 2024, and for VGG-19 their public
-# replies to reviewers. VGG's MACs are given there as a share of dense.
+# MACs in G), from Horvath et al., ICML 2024; VGG's MACs are given there as a
+# share of dense.
 PUBLISHED: dict[str, list[tuple[str, float, float | None, float | None]]] = {
   "resnet": [
     ("Maestro, lambda 16e-6", 94.19, 4.08, 0.39),

