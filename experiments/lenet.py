@@ -12,17 +12,12 @@ runs are copied to experiments/results/lenet/, from which the table is made.
 import concurrent.futures
 import pathlib
 import shutil
-import subprocess
-import sys
 
 from absl import flags
 
+from experiments import runs
 from maestro import cli, report
 from maestro.errors import UserError
-
-_JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each row.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "Two epochs a run; not kept.")
 
 CONFIG = "configs/lenet_od.py"
 RESULTS = pathlib.Path("experiments/results/lenet")
@@ -38,42 +33,45 @@ ROWS = {
 }
 
 
-def _run(name: str, seed: int) -> None:
+def _run(name: str, seed: int, smoke: bool) -> None:
   variant, overrides = ROWS[name]
-  variants = [v for v in (variant, "smoke" if _SMOKE.value else "") if v]
-  folder = "lenet_smoke" if _SMOKE.value else "lenet"
+  variants = [v for v in (variant, "smoke" if smoke else "") if v]
+  folder = "lenet_smoke" if smoke else "lenet"
   workdir = pathlib.Path("runs/experiments") / folder / f"{name}_seed{seed}"
   config = CONFIG + (":" + ",".join(variants) if variants else "")
-  command = [sys.executable, "-m", "maestro.main", f"--config={config}"]
-  command += [f"--workdir={workdir}", f"--config.seed={seed}", *overrides]
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / "log.txt").open("a") as log:
-    code = subprocess.run(command, stdout=log, stderr=log).returncode
-  if code:
-    raise UserError(f"{workdir} ended with code {code}; see its log.txt")
-  if not _SMOKE.value:
+  runs.run(config, workdir, [f"--config.seed={seed}", *overrides])
+  if not smoke:
     RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / f"{name}_seed{seed}.json"
     shutil.copy(workdir / "results.json", target)
   print(f"done: {workdir}", flush=True)
 
 
+def define_flags() -> None:
+  """Defines the command's flags."""
+  flags.DEFINE_integer("jobs", 1, "Runs at a time.")
+  flags.DEFINE_integer("seeds", 3, "Seeds of each row.")
+  flags.DEFINE_bool("smoke", False, "Two epochs a run; not kept.")
+
+
 def main(argv: list[str]) -> None:
   """Runs what is missing, then prints the table of all."""
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
-  jobs = [(name, s) for s in range(_SEEDS.value) for name in ROWS]
-  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
-    futures = [pool.submit(_run, *job) for job in jobs]
+  values = flags.FLAGS
+  jobs = [(name, s) for s in range(values.seeds) for name in ROWS]
+  with concurrent.futures.ThreadPoolExecutor(values.jobs) as pool:
+    futures = [pool.submit(_run, *job, values.smoke) for job in jobs]
     for done, future in enumerate(
       concurrent.futures.as_completed(futures), start=1
     ):
       future.result()
       print(f"{done} of {len(jobs)} runs", flush=True)
-  if not _SMOKE.value:
+  if not values.smoke:
     files = sorted(RESULTS.glob("*.json"))
     print(report.compare([report.load(file) for file in files]))
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run(main)
