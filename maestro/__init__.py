@@ -1,6 +1,7 @@
 """Trainable low-rank decompositions: layers that find their own ranks."""
 
 from maestro import nn, ops, sampling
+from maestro.artifact import load
 from maestro.cost import Cost, LayerCost, count_cost
 from maestro.errors import UserError
 from maestro.lowrank import (
@@ -36,6 +37,7 @@ __all__ = [
   "group_lasso",
   "importance",
   "layers",
+  "load",
   "mask",
   "merge",
   "nn",

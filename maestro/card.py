@@ -1,0 +1,164 @@
+"""Tells people about an exported model: a table, and the page card.md."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def rows(config: Mapping[str, Any]) -> list[list[str]]:
+  """Tabulates the sizes of a network: a head, then one row for each form."""
+  dense, profiles = config["dense"], config["profiles"]
+  scores = [
+    (split, metric)
+    for split in ("val", "test")
+    for metric in ("accuracy", "loss")
+    if any(metric in p["metrics"].get(split, {}) for p in profiles)
+  ]
+  batches = sorted(dense["latency_ms"], key=int)
+  head = ["network", "parameters", "% of dense", "MACs", "% of dense"]
+  head += [f"{split} {metric}" for split, metric in scores]
+  head += [f"ms, batch {batch}" for batch in batches]
+  table = [head]
+
+  def add(name: str, form: Mapping[str, Any]) -> None:
+    row = [name]
+    for kind in ("params", "macs"):
+      row += [f"{form[kind]:,}", f"{100 * form[kind] / dense[kind]:.1f}"]
+    metrics = form.get("metrics", {})
+    for split, metric in scores:
+      value = metrics.get(split, {}).get(metric)
+      row.append("-" if value is None else f"{value:.4f}")
+    row += [f"{form['latency_ms'][batch]:.3g}" for batch in batches]
+    table.append(row)
+
+  add("dense", dense)
+  if "factored" in config:
+    add("factored, not merged", config["factored"])
+  for profile in profiles:
+    add(f"exported, {profile['name']}", profile)
+  return table
+
+
+def text_table(table: Sequence[Sequence[str]]) -> str:
+  """Aligns a table for a terminal."""
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  lines = [
+    "  ".join(
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in table
+  ]
+  return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+  """Formats a table for a page."""
+  rule = ["---", *["---:"] * (len(table[0]) - 1)]
+  return "\n".join(
+    f"| {' | '.join(row)} |" for row in [table[0], rule, *table[1:]]
+  )
+
+
+def checks(config: Mapping[str, Any]) -> list[str]:
+  """Lists the relative differences that were measured, a line each."""
+  lines = []
+  for profile in config["profiles"]:
+    found = profile["difference"]
+    lines.append(
+      f"{profile['name']}: {found['masked']:.1e} from the masked network,"
+      f" {found['reloaded']:.1e} from memory to file and back"
+    )
+  if config["stablehlo"]:
+    lines.append(
+      f"model.stablehlo: {config['stablehlo']['difference']:.1e} from"
+      f" {config['stablehlo']['profile']} in memory"
+    )
+  return lines
+
+
+def slower(config: Mapping[str, Any]) -> list[str]:
+  """Lists where an exported network is slower than the dense one."""
+  dense = config["dense"]["latency_ms"]
+  return [
+    f"exported, {profile['name']}: slower than dense at batch {batch},"
+    f" {ms:.3g} ms against {dense[batch]:.3g} ms"
+    for profile in config["profiles"]
+    for batch, ms in profile["latency_ms"].items()
+    if ms > dense[batch]
+  ]
+
+
+def make_card(config: Mapping[str, Any], name: str) -> str:
+  """Writes card.md of an exported directory called `name`."""
+  source, inputs = config["source"], config["input"]
+  shape = ", ".join(["n", *map(str, inputs["shape"])])
+  scale = inputs["normalization"]
+  if scale:
+    values = ", ".join(f"{k} {v}" for k, v in scale.items())
+    inputs_text = f"from pixels in [0, 1]: (pixel - mean) / std, {values}"
+  else:
+    inputs_text = "as the data set has them"
+  profiles = config["profiles"]
+  many = len(profiles) > 1
+  outside = config["model"]["options"] is None
+  argument = ", model=MODEL" if outside else ""
+  lines = [
+    f"# {name}: {config['model']['name']}",
+    "",
+    f"Cut out of the run `{source['workdir']}`, checkpoint"
+    f" {source['checkpoint']} (step {source['step']}), trained on"
+    f" {config['data']}.",
+    f"Made by maestro {source['maestro']}, source {source['git']}, JAX"
+    f" {source['jax']}.",
+    "",
+    "## Cost",
+    "",
+    markdown_table(rows(config)),
+    "",
+    "MACs are of one example; percentages are of the dense network. Metrics"
+    " are fractions (accuracy) and per example (loss).",
+  ]
+  if config["dense"]["latency_ms"]:
+    lines.append(
+      f"Latency: median of a forward pass on {source['device']}; the forms took"
+      " turns."
+    )
+    lines += ["", *(f"- {line}" for line in slower(config)), ""]
+  lines.append(f"Batch-norm statistics: {config['statistics']}.")
+  lines += ["", "Largest relative differences of outputs:", ""]
+  lines += [f"- {line}" for line in checks(config)]
+  lines += [
+    "",
+    "## Use",
+    "",
+    f"Inputs: {inputs['dtype']} [{shape}], {inputs_text}.",
+    "",
+    "```python",
+    "import maestro",
+    f'model, variables = maestro.load("{name}"{argument})',
+    "outputs = model.apply(variables, x)",
+    "```",
+  ]
+  if many:
+    names = ", ".join(p["name"] for p in profiles)
+    lines += [
+      "",
+      f"The file holds several sizes: {names}. Without an argument, `load`"
+      f" takes the largest; `profile={profiles[-1]['name']}` or"
+      ' `budget="macs:0.5"` reads only the bytes of a smaller one.',
+    ]
+  if config["stablehlo"]:
+    hlo = config["stablehlo"]
+    lines += [
+      "",
+      f"Without maestro, on JAX {hlo['minimum_jax']} or newer"
+      f" ({', '.join(hlo['platforms'])};"
+      f" the network {hlo['profile']!r}, any batch size):",
+      "",
+      "```python",
+      "from jax import export",
+      f'data = open("{name}/model.stablehlo", "rb").read()',
+      "outputs = export.deserialize(bytearray(data)).call(x)",
+      "```",
+    ]
+  return "\n".join(lines) + "\n"
