@@ -100,7 +100,7 @@ def _table(rows: list[dict], key: str, scale: float, form: str) -> str:
       chosen += [_find(rows, source, rule, f) for f in FRACTIONS]
       values = [format(scale * r[key], form) for r in chosen]
       cells.append([f"{source}, {rule}", *values])
-  return "\n".join(report._align(cells, left=(0,)))
+  return "\n".join(report.align(cells, left=(0,)))
 
 
 def _checks(rows: list[dict]) -> list[dict]:
@@ -142,9 +142,9 @@ def _checks(rows: list[dict]) -> list[dict]:
 
 def _draw(rows: list[dict], path: pathlib.Path) -> None:
   """Draws test accuracy against MACs, a panel for each source."""
-  colours = dict(zip(allocate.RULES, report._COLOURS, strict=False))
+  colours = dict(zip(allocate.RULES, report.COLOURS, strict=False))
   marks = dict(zip(allocate.RULES, "os^Dv", strict=True))
-  with matplotlib.rc_context(report._STYLE):
+  with matplotlib.rc_context(report.STYLE):
     figure = matplotlib.figure.Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (source, title) in zip(panels, SOURCES.items(), strict=True):

@@ -470,7 +470,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
       f"{row[s]:.4f}" if s == "loss" else f"{100 * row[s]:.2f}" for s in scores
     ]
     cells.append(line)
-  return "\n".join(report._align(cells, left=(0,)))
+  return "\n".join(report.align(cells, left=(0,)))
 
 
 def draw(record: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -480,7 +480,7 @@ def draw(record: Mapping[str, Any], path: pathlib.Path) -> None:
   kinds = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
   shown = [k for k in kinds if any(r["budget"].startswith(k) for r in cut)]
   shown = shown or ["macs"]
-  with matplotlib.rc_context(report._STYLE):
+  with matplotlib.rc_context(report.STYLE):
     figure = matplotlib.figure.Figure(
       figsize=(0.6 + 5.4 * len(shown), 3.8), layout="constrained"
     )
@@ -497,7 +497,7 @@ def draw(record: Mapping[str, Any], path: pathlib.Path) -> None:
       points = sorted(
         (100 * r["fraction"][kind], r["loss"]) for r in [whole, *own]
       )
-      axes.plot(*zip(*points, strict=True), color=report._COLOURS[0])
+      axes.plot(*zip(*points, strict=True), color=report.COLOURS[0])
       names: dict[tuple[float, float], list[str]] = {}
       for row in [whole, *own]:
         point = 100 * row["fraction"][kind], row["loss"]
@@ -505,7 +505,7 @@ def draw(record: Mapping[str, Any], path: pathlib.Path) -> None:
         names.setdefault(point, []).append(name)
       for row in [*own, whole]:
         point = 100 * row["fraction"][kind], row["loss"]
-        colour = report._COLOURS[0 if row["budget"] else 1]
+        colour = report.COLOURS[0 if row["budget"] else 1]
         axes.plot(*point, "o", color=colour)
         if point not in names:  # equal networks share a label
           continue

@@ -378,6 +378,8 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
       " choose another --out"
     ) from error
   finally:
+    if old.exists() and not out.exists():
+      old.rename(out)  # the new one could not take its place
     for path in (new, old):
       shutil.rmtree(path, ignore_errors=True)
 

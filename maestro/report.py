@@ -30,7 +30,7 @@ _NOT_IDENTITY = ("seed", "workdir", "data_dir")
 _SCORES = ("accuracy", "perplexity", "loss")
 
 _MANY_LAYERS = 12  # beyond this, one line and label for each is not legible
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
   "axes.axisbelow": True,
   "axes.edgecolor": "#8c8c8c",
   "axes.grid": True,
@@ -55,7 +55,7 @@ _STYLE: dict[Any, Any] = {
   "ytick.labelsize": 8,
 }
 _INK = "#222222"
-_COLOURS = (
+COLOURS = (
   "#0072b2",
   "#d55e00",
   "#009e73",
@@ -155,7 +155,7 @@ def layer_table(results):
     rows[-1][7:] = [""] * len(own)
   add("total", _total_rank(layers), "", final, dense)
 
-  lines = _align(rows, left=(0, 2))
+  lines = align(rows, left=(0, 2))
   rule = "-" * max(map(len, lines))
   lines = [lines[0], rule, *lines[1:-1], rule, lines[-1], ""]
   for key, name in kinds:
@@ -169,7 +169,7 @@ def layer_table(results):
 def compare(results):
   """Tabulate runs, those that differ by seed alone as one row: plain text."""
   rows = _comparison(results)
-  lines = _align(rows, left=(0,))
+  lines = align(rows, left=(0,))
   return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
@@ -288,7 +288,7 @@ def _score_lines(final):
     if vals:
       row.append(f"{_score(name, vals.get(name))} (validation)")
     rows.append(row)
-  return _align(rows, left=(0, 1, 2))
+  return align(rows, left=(0, 1, 2))
 
 
 def _score(name, value):
@@ -318,7 +318,8 @@ def _percent(value, whole):
   return f"{100 * value / whole:.1f} %" if value is not None and whole else "-"
 
 
-def _si(value):
+def si(value):
+  """Writes a count with a prefix: 555 M, 1.2 G."""
   for exponent, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
     if value >= 10**exponent:
       return f"{value / 10**exponent:.3g} {prefix}"
@@ -358,7 +359,8 @@ def _full_rank(layer):
   return sum(full) if len(full) > 1 else sum(full) * max(stack, 1)
 
 
-def _align(rows, *, left):
+def align(rows, *, left):
+  """Aligns rows of cells to lines; columns in `left` are left-aligned."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []
   for row in rows:
@@ -390,7 +392,7 @@ def figures(workdir, *, out=None):
     "cost.png": lambda: _draw_cost(records, results),
   }
   paths = []
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     for name, draw in drawn.items():
       figure = draw()
       if figure is not None:
@@ -450,7 +452,7 @@ def _draw_ranks(records, results):
   axes = figure.add_subplot()
   ends = []
   for label, (epochs, shares), colour in zip(
-    _short(curves), curves.values(), _COLOURS, strict=False
+    _short(curves), curves.values(), COLOURS, strict=False
   ):
     _step_line(axes, epochs, shares, color=colour)
     ends.append((shares[-1], label, colour))
@@ -509,8 +511,8 @@ def _draw_cost(records, results):
   dense = results.get("dense") or {}
   costs = []
   for key, name, colour in (
-    ("params", "params", _COLOURS[0]),
-    ("macs", "MACs", _COLOURS[1]),
+    ("params", "params", COLOURS[0]),
+    ("macs", "MACs", COLOURS[1]),
   ):
     epochs, values = _series(records, f"cost/{key}")
     if len(values) and dense.get(key):
@@ -530,12 +532,12 @@ def _draw_cost(records, results):
   last = []
   if len(scores):
     scale, unit = (100, " (%)") if score == "accuracy" else (1, "")
-    _line(panels[0], at, scale * scores, color=_COLOURS[2])
+    _line(panels[0], at, scale * scores, color=COLOURS[2])
     panels[0].set_ylabel(f"validation {score}{unit}")
     panels[0].margins(y=0.15)
     if np.isfinite(scores[-1]):
       text = f"{scale * scores[-1]:.4g}{' %' if scale == 100 else ''}"
-      last.append((panels[0], [(scale * scores[-1], text, _COLOURS[2])]))
+      last.append((panels[0], [(scale * scores[-1], text, COLOURS[2])]))
   if costs:
     axes = panels[-1]
     axes.axhline(100, color="#8c8c8c", linewidth=1, linestyle=(0, (4, 3)))
@@ -593,7 +595,7 @@ def _draw_importance_by_layer(stages, names):
   for axes, name, title in zip(panels, names, titles, strict=False):
     for i, (stage, layers) in enumerate(stages.items()):
       values = layers.get(name, np.array([]))
-      colour = _STAGES.get(stage, _COLOURS[(i + 2) % len(_COLOURS)])
+      colour = _STAGES.get(stage, COLOURS[(i + 2) % len(COLOURS)])
       _line(axes, 1 + np.arange(len(values)), values, color=colour, label=stage)
     _mark_empty(axes, [layers.get(name) for layers in stages.values()])
     axes.set_title(title, fontsize=8.5, fontweight="normal", pad=4)

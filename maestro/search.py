@@ -290,7 +290,7 @@ def _tell(record: dict, results: dict) -> None:
     else:
       accepted = "yes" if row["accepted"] else "no"
       rows.append([f"{row['lam']:g}", *texts, accepted, row["why"]])
-  print("\n" + "\n".join(report._align(rows, left=(0, 6))))
+  print("\n" + "\n".join(report.align(rows, left=(0, 6))))
   print(f"\n{record['verdict']}")
   if chosen is not None:
     shown = [
@@ -304,7 +304,7 @@ def _tell(record: dict, results: dict) -> None:
     total = _total(part)
     print(
       f"{name}: {total['runs']} runs, {total['wall_seconds']:,.0f} s,"
-      f" {report._si(total['macs_total'])} training MACs ="
+      f" {report.si(total['macs_total'])} training MACs ="
       f" {total['relative_to_one_dense_run']:.2f} x one dense run"
     )
 
@@ -321,13 +321,13 @@ def _draw(runs: list[dict], criterion: Mapping, path: pathlib.Path) -> None:
   low = max(low, 2 * limit, 1e-3 * level)
   high = -1.4 * max(limit, -min(lost), 0.1 * low)
   worse = math.copysign(1, factor)  # the direction of a lower score
-  blue, orange, green = report._COLOURS[:3]
+  blue, orange, green = report.COLOURS[:3]
   right = 1.15 * max(100, *xs)
   suits = [
     0,
     right if criterion["max_macs"] is None else 100 * criterion["max_macs"],
   ]
-  with matplotlib.rc_context(report._STYLE):
+  with matplotlib.rc_context(report.STYLE):
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.set(
