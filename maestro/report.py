@@ -226,7 +226,7 @@ def _comparison(results):
       ]
       row.append(_mean("{:.1f}".format, shares))
     trains = [(run.get("train") or {}).get("macs_total") for run in runs]
-    row.append(_mean(_si, trains))
+    row.append(_mean(si, trains))
     row.append(
       _mean("{:,.0f}".format, [run.get("wall_seconds") for run in runs])
     )
