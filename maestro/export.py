@@ -20,8 +20,6 @@ them, and loading one reads only its part. docs/export.md says more.
 import dataclasses
 import os
 import pathlib
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +45,7 @@ from maestro import data as data_lib
 from maestro.artifact import FORMAT, FORMAT_VERSION, WEIGHTS
 from maestro.cost import Cost, count_cost
 from maestro.errors import UserError
+from maestro.latency import measure_latencies
 from maestro.models import MODELS
 from maestro.packing import Profile
 from maestro.provenance import git_commit
@@ -54,7 +53,6 @@ from maestro.sharding import make_mesh
 
 STABLEHLO, CARD = "model.stablehlo", "card.md"
 _BATCHES = (1, 64)  # at which latency is measured
-_SECONDS = 20  # of measuring at one of them, roughly at most
 
 
 class ExportError(UserError):
@@ -254,7 +252,7 @@ def _add_latency(run, networks, sizes, config, repeats) -> None:
   forms = {name: form | norms for name, form in forms.items()}
   forms |= dict(zip(names[-len(sizes) :], networks, strict=True))
   times = {
-    batch: measure_side_by_side(
+    batch: measure_latencies(
       run.model,
       [forms[name] for name in names],
       run.facts.example,
@@ -265,44 +263,6 @@ def _add_latency(run, networks, sizes, config, repeats) -> None:
   }
   for i, target in enumerate(targets):
     target["latency_ms"] = {str(batch): t[i] for batch, t in times.items()}
-
-
-def measure_side_by_side(
-  model: Any,
-  forms: Sequence[Any],
-  example: Any,
-  *,
-  batch_size: int,
-  repeats: int,
-) -> list[float]:
-  """Returns the median time of each network's forward pass, in milliseconds.
-
-  They take turns, pass by pass, so that what else the machine does meets all
-  of them alike.
-
-  Args:
-    model: a Flax module.
-    forms: variables of the networks.
-    example: abstract value of inputs; the first axis is the batch.
-    batch_size: examples of a pass.
-    repeats: passes of each; fewer (but 5) if they take over 20 seconds.
-  """
-  forward = jax.jit(lambda v, x: model.apply(v, x, train=False))
-  x = jax.device_put(np.zeros((batch_size, *example.shape[1:]), example.dtype))
-  forms = [jax.device_put(form) for form in forms]
-  times: list[list[float]] = [[] for _ in forms]
-  began = time.perf_counter()
-  for i in range(3 + repeats):
-    for form, measured in zip(forms, times, strict=True):
-      start = time.perf_counter()
-      jax.block_until_ready(forward(form, x))
-      if i >= 3:
-        measured.append(time.perf_counter() - start)
-    if i == 2:
-      began = time.perf_counter()
-    elif i >= 7 and time.perf_counter() - began > _SECONDS:
-      break
-  return [1e3 * statistics.median(measured) for measured in times]
 
 
 # ---------------------------------------------------------------------------

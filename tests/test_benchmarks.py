@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import end_to_end, plain, train_step
+from benchmarks import deployed, end_to_end, plain, train_step
 from benchmarks.train_step import NETWORKS, Form, Options
 from maestro import lowrank, models, nn
 from maestro.errors import UserError
@@ -387,3 +387,17 @@ def test_a_whole_run_from_the_command_line(tmp_path):
     assert row["overrides"] == ["--config.batch_size=32"]
     seconds = [f"{part}_seconds" for part in ("train", "wall", "process")]
     assert row[seconds[0]] < row[seconds[1]] < row[seconds[2]]
+
+
+def test_deployed_measures_what_its_rows_say():
+  rows = deployed.measure("lenet", [0.5], repeats=1, latency=0.9)
+  by_form = {row["form"]: row for row in rows}
+  dense = by_form["dense"]
+  assert (dense["params"], dense["macs"]) == (44_426, 281_640)
+  half = by_form["extracted, macs:0.5"]
+  assert half["macs"] <= 0.5 * dense["macs"] < 0.55 * dense["macs"]
+  for row in rows:
+    for batch, ms in row["latency_ms"].items():
+      ratio = ms / dense["latency_ms"][batch]
+      assert row["ratio_to_dense"][batch] == pytest.approx(ratio)
+  assert "extracted, macs:0.5" in deployed.table(rows)
