@@ -164,7 +164,14 @@ def relative(found, expected):
   return np.max(np.abs(np.asarray(found) - expected)) / scale
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    # The same layers as resnet18, more of them; half a minute of compiling.
+    pytest.param(name, marks=pytest.mark.slow) if name == "resnet34" else name
+    for name in NETWORKS
+  ],
+)
 def test_all_forms_are_equal(runs, name, jit, tmp_path):
   run = runs(name)
   x = np.random.default_rng(1).standard_normal((3, *run.facts.input_shape))
@@ -214,10 +221,24 @@ def test_all_forms_are_equal(runs, name, jit, tmp_path):
       assert relative(y, masked) <= 1e-4, (level, form)
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "resnet18"])
-def test_a_single_size_with_its_stablehlo(runs, name, jit, tmp_path):
+SMALL = ("mlp", "lenet", "linear_map", "linear_autoencoder")
+QUICK = {*((name, level) for name in SMALL for level in LEVELS[1:])}
+QUICK.add(("resnet18", "zero"))
+
+
+@pytest.mark.parametrize(
+  ("name", "level"),
+  [
+    (name, level)
+    if (name, level) in QUICK
+    else pytest.param(name, level, marks=pytest.mark.slow)
+    for name in NETWORKS
+    for level in LEVELS[1:]
+  ],
+)
+def test_a_single_size_with_its_stablehlo(runs, name, level, jit, tmp_path):
   run = runs(name)
-  ranks = cut(run, "zero")
+  ranks = cut(run, level)
   record = export.export(
     run,
     tmp_path / "one",
