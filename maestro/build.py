@@ -95,7 +95,7 @@ def make_sampler(c: Config, phase: str) -> Callable:
 
 
 def sampler(section: Mapping[str, Any], where: str) -> Callable:
-  """Builds sampler(key, ranks) from a section at a path of the config."""
+  """Builds the ranks' sampler from a section at a path of the config."""
   function, options = choose(SAMPLERS, section, where)
   options = bind(function, options, where, ("key", "ranks"))
   chosen = functools.partial(function, **options)
