@@ -30,8 +30,9 @@ class Method:
     ranks: at which ranks, see `pieces.RANK_RULES`; at most those of the rules.
     budget: "macs:0.5" or "params:0.5" scales all ranks by one factor, to the
       largest ones at which the final network costs at most this fraction of
-      the dense one. Applies at decomposition; where ranks are sampled or
-      shrunk, at the end of that: on entering settle, else after the last step.
+      the dense one, see `pieces.fit_budget`. Applies at decomposition; where
+      ranks are sampled or shrunk, at the end of that: on entering settle, else
+      after the last step.
     sampler: of ranks in each step, see `sampling.SAMPLERS`; {"name": "phase"}
       is config.discover.sampler and config.settle.sampler; None samples none.
     shrink: how ranks are lowered after each epoch of a phase with `shrink`,

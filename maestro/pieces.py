@@ -330,12 +330,14 @@ def fit_budget(
   budget: str,
   dense: cost.Cost,
 ) -> dict[str, np.ndarray]:
-  """Scales ranks by one factor to the largest that a budget allows.
+  """Raises ranks in proportion to a profile, as far as a budget allows.
 
     r_l = clip(floor(f * profile_l), 1, limit_l), 0 where the profile is 0
 
-  The cost is that of `lowrank.extract`, which is monotone in f, so that a
-  bisection over all values of f at which a rank changes finds the largest.
+  with one factor f for all layers, which grows from 0. Where the next rank of a
+  layer would exceed the budget, that layer stays as it is and the others go on,
+  so that at the end no layer can have one more. The cost is that of the final
+  network, `lowrank.extract`.
 
   Args:
     profile: {path: rank, or ranks [*lead]} to scale.
@@ -348,48 +350,47 @@ def fit_budget(
     ConfigError: even rank 1 in every layer costs more.
   """
   kind, fraction = parse_budget(budget)
-  total = getattr(dense, kind)
-  rest = total - sum(_weight_cost(layers[path], None, kind) for path in profile)
-  pairs = {
-    path: (np.asarray(r, np.int64), np.asarray(limits[path], np.int64))
-    for path, r in profile.items()
-  }
+  most = fraction * getattr(dense, kind)
+  profile, limits = (
+    {path: np.asarray(x[path], np.int64) for path in profile}
+    for x in (profile, limits)
+  )
 
-  def at(f: Fraction) -> dict[str, np.ndarray]:
-    return {
-      path: np.where(
-        r > 0, np.clip(r * f.numerator // f.denominator, 1, limit), 0
-      )
-      for path, (r, limit) in pairs.items()
-    }
+  def at(path: str, f: Fraction) -> np.ndarray:
+    r = profile[path] * f.numerator // f.denominator
+    return np.where(profile[path] > 0, np.clip(r, 1, limits[path]), 0)
 
-  def fits(f: Fraction) -> bool:
-    spent = rest + sum(
-      _weight_cost(layers[path], int(np.max(r, initial=0)), kind)
-      for path, r in at(f).items()
-    )
-    return spent <= fraction * total
+  def spent_on(path: str, ranks: np.ndarray | None) -> int:
+    rank = None if ranks is None else int(np.max(ranks, initial=0))
+    return _weight_cost(layers[path], rank, kind)
 
-  steps = {
-    Fraction(j, int(r))
-    for ranks, limit in pairs.values()
-    for r, most in zip(
-      ranks.flat, np.broadcast_to(limit, ranks.shape).flat, strict=True
-    )
-    if r > 0
-    for j in range(1, int(most) + 1)
-  }
-  steps = sorted(steps) or [Fraction(1)]
-  if not fits(steps[0]):
+  ranks = {path: at(path, Fraction(0)) for path in profile}
+  spent = getattr(dense, kind) + sum(
+    spent_on(path, r) - spent_on(path, None) for path, r in ranks.items()
+  )
+  if spent > most:
     raise ConfigError(
       f"config.method.budget: {budget!r} is below what rank 1 in every factored"
       " layer costs; raise it, or let config.rules select more layers"
     )
-  low, high = 0, len(steps)
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if fits(steps[middle]) else (low, middle)
-  return at(steps[low])
+  rises = {
+    (Fraction(j, int(r)), path)
+    for path in profile
+    for r, limit in np.broadcast(profile[path], limits[path])
+    for j in range(2, int(limit) + 1)
+    if r > 0
+  }
+  full = set()
+  for f, path in sorted(rises):
+    if path in full:
+      continue
+    more = at(path, f)
+    extra = spent_on(path, more) - spent_on(path, ranks[path])
+    if spent + extra > most:
+      full.add(path)
+    else:
+      ranks[path], spent = more, spent + extra
+  return ranks
 
 
 # ---------------------------------------------------------------------------

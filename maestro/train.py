@@ -721,13 +721,18 @@ def _alarms(
     if all(np.all(rank == start[path]) for path, rank in flat.items()):
       scores = lowrank.importance(state.params, state.ranks)
       least = min(float(np.min(x)) for x in jax.device_get(scores).values())
-      yield (
+      text = (
         "no rank has moved while discovering: the least important component"
-        f" scores {least:.1e}, config.threshold is {c.threshold:g}. Raise"
-        f" config.discover.lam (now {c.discover.lam:g}) or"
-        " config.discover.epochs; if lambda is large already, the threshold"
-        " lies below the floor of order (learning rate * lambda)^2: raise it"
+        f" scores {least:.1e}. Raise config.discover.lam (now"
+        f" {c.discover.lam:g}) or config.discover.epochs"
       )
+      if c.pieces.shrink == "threshold":
+        text += (
+          f"; config.threshold is {c.threshold:g}: if lambda is large already,"
+          " it lies below the floor of order (learning rate * lambda)^2: raise"
+          " it"
+        )
+      yield text
 
 
 def _results(
