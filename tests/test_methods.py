@@ -316,6 +316,18 @@ def test_trp_keeps_kernels_at_their_rank_while_training(tmp_path):
   assert np.linalg.matrix_rank(kernel, tol=1e-4) == 3
 
 
+def test_projections_fall_on_their_steps_in_any_dispatch(tmp_path):
+  kernels = []
+  for steps in (1, 4):
+    workdir = tmp_path / str(steps)
+    project = {"every_steps": 3}  # 3, 6, ... of 8 steps an epoch
+    ranks = {"name": "constant", "rank": 3}
+    method = {"name": "trp", "project": project, "ranks": ranks}
+    train.train(config(method, steps_per_dispatch=steps), workdir)
+    kernels.append(saved(workdir, 16)[0]["fc1"]["kernel"])
+  np.testing.assert_allclose(*kernels, atol=1e-5)
+
+
 def test_a_projection_lowers_singular_values(dense):
   dataset, model, layers = problem()
   params = jax.tree.map(jnp.asarray, saved(dense)[0])
@@ -605,7 +617,8 @@ def test_a_killed_run_of_a_method_resumes_bit_identically(
   if name == "prox":
     method["budget"] = "macs:0.5"
   c = config(method)
-  c["settle"] |= {"epochs": 2}
+  # One more than cuttlefish needs to switch.
+  c["discover"] |= {"epochs": 3}
   train.train(c, tmp_path / "whole")
   save = checkpoint.Checkpoints.save
   # After each save in turn: before and after kernels become factors.
