@@ -361,7 +361,7 @@ class Bench:
       batch_size=self.batch_size,
       steps_per_epoch=BATCHES,
       lam=lam,
-      lasso="hierarchical",
+      penalty=lowrank.group_lasso,
       full_pass=None,
       mesh=make_mesh(1),
     )

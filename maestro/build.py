@@ -91,15 +91,19 @@ def make_model(c: Config, facts: Facts) -> Any:
 
 def make_sampler(c: Config, phase: str) -> Callable:
   """Returns sampler(key, ranks) of a phase, "discover" or "settle"."""
-  where = f"config.{phase}.sampler"
-  function, options = choose(SAMPLERS, getattr(c, phase).sampler, where)
+  return sampler(getattr(c, phase).sampler, f"config.{phase}.sampler")
+
+
+def sampler(section: Mapping[str, Any], where: str) -> Callable:
+  """Builds the ranks' sampler from a section at a path of the config."""
+  function, options = choose(SAMPLERS, section, where)
   options = bind(function, options, where, ("key", "ranks"))
-  sampler = functools.partial(function, **options)
+  chosen = functools.partial(function, **options)
   try:  # a wrong value shows now, not within the first step
-    sampler(jax.random.key(0), {"rank": jnp.ones((), jnp.int32)})
+    chosen(jax.random.key(0), {"rank": jnp.ones((), jnp.int32)})
   except ValueError as error:
     raise ConfigError(f"{where}: {error}") from error
-  return sampler
+  return chosen
 
 
 def make_evaluator(

@@ -15,6 +15,7 @@ from typing import Any
 
 from maestro.errors import UserError
 from maestro.lowrank import Rule
+from maestro.methods import METHODS, Method
 
 
 class ConfigError(UserError):
@@ -208,7 +209,9 @@ class Config:
     settle: the phase that trains at the ranks found; 0 epochs is the paper.
     optimizer: name and options, see `maestro.optim.make`.
     batch_size: examples per step, over all devices.
-    method: "maestro", or "dense" for the same run without factors.
+    method: a name in `maestro.methods.METHODS`, such as "maestro", or "dense"
+      for the same run without factors; or a mapping of that name and pieces of
+      `Method` that replace its own.
     rules: sections of `maestro.Rule`: which layers are decomposed.
     seed: of initial weights, samplers and the order of examples.
     loss: "cross_entropy" or "squared_error".
@@ -233,7 +236,7 @@ class Config:
   settle: Phase
   optimizer: Mapping
   batch_size: int
-  method: str = "maestro"
+  method: str | Mapping = "maestro"
   rules: Sequence[Mapping] = ({"path": ".*"},)
   seed: int = 0
   loss: str = "cross_entropy"
@@ -248,6 +251,15 @@ class Config:
   log_every_steps: int | None = None
   steps_per_dispatch: int | None = None
   num_devices: int | None = None
+
+  @property
+  def pieces(self) -> Method:
+    """What config.method stands for."""
+    section = self.method
+    if isinstance(section, str):
+      section = {"name": section}
+    method, options = choose(METHODS, section, "config.method")
+    return dataclasses.replace(method, **bind(Method, options, "config.method"))
 
   @property
   def epochs(self) -> int:
@@ -280,10 +292,7 @@ def parse(config: Mapping[str, Any]) -> Config:
     if values.get(key) is not None:
       values[key] = cls(**bind(cls, values[key], f"config.{key}"))
   c = Config(**values)
-  _check(
-    c.method in ("maestro", "dense"),
-    f'config.method: {c.method!r} is unknown; use "maestro" or "dense"',
-  )
+  _ = c.pieces  # a wrong name shows now
   for key, low in {
     "batch_size": 1,
     "eval_every_epochs": 1,

@@ -533,7 +533,7 @@ def extract(
   """Returns the deployable tree: truncated, and merged where dense is cheaper.
 
   The same function as `mask(params, ranks)`, in the fewest parameters that
-  these ranks allow.
+  these ranks allow. A layer that holds its kernel too is always merged.
   """
   small = truncate(params, ranks, multiple_of)
   sizes = {path: node["u"].shape[-1] for path, node in _walk(small)}
@@ -544,7 +544,9 @@ def extract(
     )
 
   def where(path: str) -> bool:
-    spec = layers[path]
+    spec, node = layers[path], get(small, path)
+    if spec.weight in node:
+      return True
     return dense_is_cheaper(spec.n_in, spec.n_out, sizes[path])
 
   return merge(small, layers, where=where)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maestro import lowrank
+from maestro import lowrank, prox
 from maestro.config import ConfigError, bind, choose
 from maestro.errors import UserError
 
@@ -147,6 +147,50 @@ def make(
 
 def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def freeze_base(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Updates the factors of a tree that has any, and nothing else.
+
+  Frozen parameters stay as they are, bit for bit, decay included; norms of
+  gradients are those of the factors. A tree without factors is updated whole.
+  """
+
+  def labels(params):
+    factors = {
+      (*(path.split("/") if path else ()), name)
+      for path in lowrank.factored(params)
+      for name in ("u", "v")
+    }
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: (
+        "frozen" if factors and _names(path) not in factors else "trained"
+      ),
+      params,
+    )
+
+  return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+# State classes with a count that a schedule reads.
+_SCHEDULED = (optax.ScaleByScheduleState, prox.ProximalState)
+
+
+def restart(
+  tx: optax.GradientTransformation, params: lowrank.Tree, step: jax.Array
+) -> Any:
+  """Returns a new state for `params` whose schedules go on at `step`."""
+
+  def go_on(node):
+    if not isinstance(node, _SCHEDULED):
+      return node
+    return node._replace(count=jnp.asarray(step, node.count.dtype).copy())
+
+  return jax.tree.map(
+    go_on, tx.init(params), is_leaf=lambda node: isinstance(node, _SCHEDULED)
+  )
 
 
 # ---------------------------------------------------------------------------

@@ -256,7 +256,7 @@ def _labels(configs):
   for key, config in configs.items():
     name = config.get("name")
     if not name:
-      name = config.get("method") or "unnamed"
+      name = config.get("method.name") or config.get("method") or "unnamed"
       lam = [k for k in config if k.split(".")[-1] == "lam"]
       if lam and name != "dense":
         name += f" lam={config[lam[0]]:g}"

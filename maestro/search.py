@@ -160,10 +160,10 @@ def _check(config: Mapping, criterion: Mapping[str, Any]) -> dict[str, Any]:
     if not good(criterion[flag]):
       raise SearchError(f"--{flag}={criterion[flag]}: it must be {values}")
   c = parse(config)
-  if c.method == "dense":
+  if c.pieces.penalty is None or c.pieces.lam is not None:
     raise SearchError(
-      "--config.method=dense has no lambda; leave it out: the search trains"
-      " the dense network by itself"
+      f"--config.method={c.pieces.name} has no lambda to search; use maestro or"
+      " prox: the search trains the dense network by itself"
     )
   if not c.discover.epochs:
     raise SearchError(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from maestro import losses, lowrank
+from maestro import losses
 from maestro.config import FullPass
 from maestro.sharding import Mesh, split_batch
 
@@ -40,7 +40,7 @@ class TrainState:
 
 def zero_metrics(loss: str) -> dict[str, jax.Array]:
   """Returns the sums that `make_step` adds to, at zero."""
-  names = ("steps", "loss", "lasso", "grad_norm", *losses.METRICS[loss])
+  names = ("steps", "loss", "penalty", "grad_norm", *losses.METRICS[loss])
   return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
@@ -54,17 +54,18 @@ def make_step(
   batch_size: int,
   steps_per_epoch: int,
   lam: float,
-  lasso: str,
+  penalty: Callable[[Any, Any], jax.Array] | None,
   full_pass: FullPass | None,
   mesh: Mesh,
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Returns step(state, data) -> (state, loss of this step).
 
     ranks_t = sampler(key_t, ranks)
-    loss = task(network at ranks_t) + lam * group_lasso(params, ranks)
+    loss = task(network at ranks_t) + lam * penalty(params, ranks)
 
   The batch is the next `batch_size` entries of data["order"], gathered and
-  preprocessed on the device. The returned loss includes the penalty.
+  preprocessed on the device. The returned loss includes the penalty. Layers
+  that `ranks_t` does not name run as they are stored.
   """
   example_loss = losses.LOSSES[loss]
   metrics = losses.METRICS[loss]
@@ -107,12 +108,12 @@ def make_step(
           )
         task = (1 - full_pass.distill) * task + full_pass.distill * soft
         task += jnp.mean(example_loss(teacher, y))
-      penalty = jnp.zeros((), jnp.float32)
-      if lam:
-        penalty = lam * lowrank.group_lasso(params, state.ranks, lasso)
+      added = jnp.zeros((), jnp.float32)
+      if lam and penalty is not None:
+        added = lam * penalty(params, state.ranks)
       sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
-      sums |= {"loss": task, "lasso": penalty}
-      return task + penalty, (stats, sums)
+      sums |= {"loss": task, "penalty": added}
+      return task + added, (stats, sums)
 
     grad = jax.value_and_grad(objective, has_aux=True)
     (total, (stats, sums)), grads = grad(state.params)

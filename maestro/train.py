@@ -1,5 +1,8 @@
 """The training loop: discover ranks, settle at them, report what was kept.
 
+What is decomposed, sampled, penalised, shrunk and trained, and when, are the
+pieces that config.method chooses: see `maestro.pieces`.
+
 `train(config, workdir)` reads from top to bottom; what a reader would skip is
 in the helpers below it.
 """
@@ -20,7 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import build, checkpoint, cost, lowrank, metrics, nn, optim, report
+from maestro import (
+  build,
+  checkpoint,
+  cost,
+  lowrank,
+  metrics,
+  nn,
+  optim,
+  pieces,
+  report,
+)
 from maestro import data as data_lib
 from maestro import workdir as workdir_lib
 from maestro.config import (
@@ -53,14 +66,20 @@ class Ledger:
     train_seconds: time in training steps.
     wall_seconds: time of the whole run, less what killed processes lost.
     alarms: what a user should know, in words.
+    discover_epochs: length of the discover phase; a method may end it early.
+    ranks: {layer: rank} right after decomposition.
+    stable_ranks: of the last epoch, if the method looks at them.
   """
 
+  discover_epochs: int
   programs: list[str] = dataclasses.field(default_factory=list)
   macs: int = 0
   examples: int = 0
   train_seconds: float = 0.0
   wall_seconds: float = 0.0
   alarms: list[str] = dataclasses.field(default_factory=list)
+  ranks: dict[str, Any] = dataclasses.field(default_factory=dict)
+  stable_ranks: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def compiles(self, name: str) -> None:
     if name not in self.programs:
@@ -89,10 +108,11 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
 
   # --- Options, so that wrong ones fail before data is read -----------------
   mesh = make_mesh(c.num_devices)
-  samplers = {p: build.make_sampler(c, p) for p in ("discover", "settle")}
-  rules = parse_rules(c.rules) if c.method == "maestro" else []
-  phases = [(p, getattr(c, p).epochs, getattr(c, p).schedule) for p in samplers]
-  optim.make(c.optimizer, optim.make_schedule(phases, steps_per_epoch=1000))
+  pieces.check(c)
+  parse_rules(c.rules)
+  samplers = {p: pieces.make_sampler(c, p) for p in ("discover", "settle")}
+  penalty, shrink = pieces.make_penalty(c), pieces.make_shrink(c)
+  _optimizer(c, c.discover.epochs, steps_per_epoch=1000)
   finished = workdir_lib.finished_results(workdir, config)
   if finished is not None:
     print(f"{workdir}: this run is finished. Its results:\n")
@@ -106,13 +126,16 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   steps_per_epoch = _steps_per_epoch(c, len(dataset.train), mesh.size)
   epochs = c.epochs
   total_steps = epochs * steps_per_epoch
-  end_of_discover = c.discover.epochs * steps_per_epoch
-  schedule = optim.make_schedule(phases, steps_per_epoch)
-  tx = optim.make(c.optimizer, schedule)
   example = facts.example
   layers = nn.layers(model, example)
-  lowrank.resolve(rules, layers)
   dense_cost = cost.count_cost(layers, _dense_params(model, example)["params"])
+  initial = functools.partial(_initial, c, model, layers, example)
+  method = pieces.Pieces(
+    c, model, dataset, layers, dense_cost, lambda: initial()[0]
+  )
+  optimizer = functools.cache(
+    lambda epochs: _optimizer(c, epochs, steps_per_epoch, layers)
+  )
   workdir_lib.claim(workdir, config, dataclasses.asdict(facts))
 
   # --- Programs ---------------------------------------------------------------
@@ -120,44 +143,57 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   recalibrate = build.make_recalibrator(c, model, dataset, mesh)
 
   @functools.cache
-  def dispatch(phase_name: str, steps: int) -> Callable:
-    phase = getattr(c, phase_name)
+  def dispatch(phase_name: str, discover_epochs: int, steps: int) -> Callable:
     step = make_step(
       model,
-      tx,
+      optimizer(discover_epochs)[1],
       loss=c.loss,
       preprocess=dataset.preprocess,
       sampler=samplers[phase_name],
       batch_size=c.batch_size,
       steps_per_epoch=steps_per_epoch,
-      lam=phase.lam if rules else 0.0,
-      lasso=c.lasso,
+      lam=pieces.weight(c, phase_name),
+      penalty=penalty,
       full_pass=c.full_pass,
       mesh=mesh,
     )
     return make_dispatch(step, steps)
 
   steps_per_dispatch = c.steps_per_dispatch or _dispatch_size(steps_per_epoch)
+  project_every = method.project_every
   macs_per_example = 3 * (1 if c.full_pass is None else 2)
 
   with (
     checkpoint.Checkpoints(
       workdir / "checkpoints",
       keep=c.checkpoint.keep,
-      keep_steps=[end_of_discover] if c.discover.epochs else [],
+      keep_steps=[c.discover.epochs * steps_per_epoch],
     ) as checkpoints,
     _sigterm() as stop_asked,
   ):
     # --- State: the newest checkpoint, or a new one ---------------------------
+    schedule, tx = optimizer(c.discover.epochs)
     new_state = functools.partial(_new_state, c, tx)
+
+    def decompose(state: TrainState) -> TrainState:
+      """Turns kernels into factors, with a fresh optimizer."""
+      params, ranks = method.decompose(state.params, state.batch_stats)
+      opt_state = optim.restart(tx, params, state.step)
+      state = state.replace(params=params, ranks=ranks, opt_state=opt_state)
+      ledger.ranks = _plain_ranks(ranks)
+      _write_spectra(workdir, "start", state)
+      return state
+
     first_step = checkpoints.latest or 0
     if checkpoints.latest is None:
-      ledger = Ledger()
-      state = new_state(*_initial(c, model, rules, layers, example))
-      _write_spectra(workdir, "start", state)
+      ledger = Ledger(c.discover.epochs)
+      state = new_state(*initial(), {})
+      if c.pieces.decompose == "start":
+        state = decompose(state)
     else:
       state, extra = _restore(checkpoints, new_state)
       ledger = Ledger(**extra["ledger"])
+      schedule, tx = optimizer(ledger.discover_epochs)
       print(f"{workdir}: resuming from step {first_step} of {total_steps}")
     if state.ranks:
       nn.check_ranks(model, _variables(state), state.ranks, example)
@@ -187,17 +223,22 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
       step = first_step
       if step == 0:
         start = _rank_record(layers, state) | {
-          "phase": int(not end_of_discover)
+          "phase": int(not c.discover.epochs)
         }
         writer.write(0, 0, start)
       for epoch in range(first_step // steps_per_epoch, epochs):
-        name = "discover" if epoch < c.discover.epochs else "settle"
+        name = "discover" if epoch < ledger.discover_epochs else "settle"
         phase: Phase = getattr(c, name)
         epoch_end = (epoch + 1) * steps_per_epoch
 
-        # --- Entering settle: cut factors to the ranks that were found --------
-        if name == "settle" and step == end_of_discover:
-          state = replicate(_truncate(c, tx, state), mesh)
+        # --- Entering settle: factors at the ranks that were found ------------
+        if step == ledger.discover_epochs * steps_per_epoch:
+          if c.pieces.decompose == "settle":
+            state = decompose(state)
+            nn.check_ranks(model, _variables(state), state.ranks, example)
+          else:
+            state = _truncate(c, tx, _at(state, method.fit(state.ranks)))
+          state = replicate(state, mesh)
 
         # --- One epoch of steps -----------------------------------------------
         stored_macs = cost.count_cost(layers, state.params).macs
@@ -211,9 +252,16 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           n = min(steps_per_dispatch, epoch_end - step)
           if c.log_every_steps:
             n = min(n, c.log_every_steps - step % c.log_every_steps)
+          if project_every:
+            n = min(n, project_every - step % project_every)
           ledger.compiles(f"{name}, {n} steps, {form}")
-          state, step_losses = dispatch(name, n)(state, data)
+          run = dispatch(name, ledger.discover_epochs, n)
+          state, step_losses = run(state, data)
           step += n
+          if project_every and step % project_every == 0 and not state.ranks:
+            t = project_every * float(schedule(step - 1))
+            params = method.project(state.params, t * pieces.weight(c, name))
+            state = state.replace(params=replicate(params, mesh))
           # The host reads one dispatch late, so that the device never waits.
           if previous is not None:
             loss = _finite(previous, step - n, checkpoints)
@@ -254,32 +302,47 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           save(state)
           raise Interrupted(f"stopped at step {step} of {total_steps}")
 
-        # --- Epoch end: shrink, perhaps cut -----------------------------------
+        # --- Epoch end: shrink, perhaps cut, perhaps change the phase ---------
         record = _means(state.metrics)
         _check_finite_window(record, step, checkpoints)
         state = state.replace(metrics=replicate(zero_metrics(c.loss), mesh))
-        if state.ranks and phase.shrink:
-          state = _shrink(state, c.threshold)
+        rate = {"learning_rate": float(schedule(step - 1))}
+        last = epoch + 1 == epochs
+        if state.ranks and phase.shrink and shrink is not None:
+          state = _shrink(state, shrink)
           if _worth_cutting(c, ledger, layers, state, epoch):
             state = replicate(_truncate(c, tx, state), mesh)
-        if step == end_of_discover and state.ranks:
+        if name == "discover" and not state.ranks:
+          stable = method.stable_ranks(state.params)
+          if stable is not None:
+            if not last and method.switches(ledger.stable_ranks, stable):
+              ledger.discover_epochs = epoch + 1
+              schedule, tx = optimizer(ledger.discover_epochs)
+              writer.message(f"discover ends after epoch {epoch + 1}")
+            ledger.stable_ranks = stable
+        end_of_discover = epoch + 1 == ledger.discover_epochs
+        if end_of_discover and state.ranks:
           _write_spectra(workdir, "end of discover", state)
-        for alarm in _alarms(c, rules, layers, state, step == end_of_discover):
+        for alarm in _alarms(c, ledger, state, end_of_discover):
           if alarm not in ledger.alarms:
             ledger.alarms.append(alarm)
             writer.message(f"alarm: {alarm}")
 
+        if last and c.pieces.decompose == "end":
+          state = replicate(decompose(state), mesh)
+        elif last and end_of_discover:
+          state = _at(state, method.fit(state.ranks))
+
         # --- Evaluate, log, save ----------------------------------------------
-        last = epoch + 1 == epochs
-        landmark = last or step == end_of_discover
+        landmark = last or end_of_discover
         if landmark or (epoch + 1) % c.eval_every_epochs == 0:
           variables = recalibrated(state)
           ledger.compiles(f"evaluate, {_form(state.params)}")
           values = evaluate(variables, dataset.val)
           record |= {f"val/{key}": value for key, value in values.items()}
           _check_finite_window(record, step, checkpoints)
-        record |= _rank_record(layers, state) | {
-          "learning_rate": float(schedule(step - 1)),
+        record |= _rank_record(layers, state) | rate
+        record |= {
           "examples_per_second": examples / seconds,
           "phase": int(name == "settle"),
         }
@@ -378,8 +441,20 @@ def _dense_params(model: Any, example: jax.ShapeDtypeStruct) -> Any:
   return jax.eval_shape(model.init, jax.random.key(0), example)
 
 
-def _initial(c: Config, model: Any, rules, layers, example):
-  """Returns params, batch_stats and ranks to start from."""
+def _optimizer(c: Config, discover_epochs: int, steps_per_epoch: int, *layers):
+  """Returns (schedule, optimizer) for a length of the discover phase."""
+  lengths = {
+    "discover": discover_epochs,
+    "settle": c.epochs - discover_epochs,
+  }
+  phases = [(p, n, getattr(c, p).schedule) for p, n in lengths.items()]
+  schedule = optim.make_schedule(phases, steps_per_epoch)
+  end = discover_epochs * steps_per_epoch
+  return schedule, pieces.make_optimizer(c, schedule, end, *layers)
+
+
+def _initial(c: Config, model: Any, layers, example):
+  """Returns dense params, and batch_stats, to start from."""
   key, _ = jax.random.split(jax.random.key(c.seed))
   if c.init_from is None:
     inputs = jnp.zeros(example.shape, example.dtype)
@@ -398,8 +473,7 @@ def _initial(c: Config, model: Any, rules, layers, example):
     # The function that the other run learnt, at its ranks, as dense kernels.
     params = lowrank.merge(lowrank.truncate(params, ranks), layers)
     _check_same_shapes(params, _dense_params(model, example)["params"], source)
-  params = lowrank.decompose(params, rules, layers)
-  return params, stats, lowrank.full_ranks(params, layers)
+  return params, stats
 
 
 def _check_same_factors(params: Any, layers, source: pathlib.Path) -> None:
@@ -477,14 +551,20 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
 # ---------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="threshold", donate_argnums=0)
-def _shrink(state: TrainState, threshold: float) -> TrainState:
-  """Lowers ranks and zeroes what falls beyond them, momentum included.
+@functools.partial(jax.jit, static_argnames="rule", donate_argnums=0)
+def _shrink(state: TrainState, rule: Callable) -> TrainState:
+  """Lowers ranks to rule(params, ranks)."""
+  return _at(state, rule(state.params, state.ranks))
+
+
+def _at(state: TrainState, ranks: Any) -> TrainState:
+  """Sets lower ranks and zeroes what falls beyond them, momentum included.
 
   Zeroes stay zero: their gradients, penalty and decay are zero. So a component
   that is given up cannot come back, and cutting it off changes nothing.
   """
-  ranks = lowrank.shrink(state.params, state.ranks, threshold)
+  if ranks is state.ranks:
+    return state
   return state.replace(
     ranks=ranks,
     params=lowrank.mask(state.params, ranks),
@@ -510,15 +590,16 @@ def _worth_cutting(
   c: Config, ledger: Ledger, layers, state: TrainState, epoch: int
 ) -> bool:
   """True if a cut now saves enough MACs and its compilations are allowed."""
-  discovering = epoch < c.discover.epochs
-  phase_end = c.discover.epochs if discovering else c.epochs
+  discovering = epoch < ledger.discover_epochs
+  phase_end = ledger.discover_epochs if discovering else c.epochs
   if epoch + 1 >= phase_end:
     return False  # settling cuts anyway, and after the end nothing runs
   # A step and an evaluation now, again when settling, and the final model;
   # with batch norm, a recalibration before each evaluation.
   evaluation = 2 if state.batch_stats else 1
   needed = 1 + evaluation
-  needed += 1 + evaluation if discovering and c.settle.epochs else 0
+  settles = ledger.discover_epochs < c.epochs
+  needed += 1 + evaluation if discovering and settles else 0
   needed += evaluation
   if len(ledger.programs) + needed > c.truncate.max_compilations:
     return False
@@ -617,8 +698,14 @@ def _rank_record(layers, state: TrainState) -> dict[str, Any]:
   return record
 
 
+def _plain_ranks(ranks: Any) -> dict[str, Any]:
+  """Returns {layer: rank} as JSON has it."""
+  flat = lowrank.flatten_ranks(jax.device_get(ranks))
+  return {path: np.asarray(rank).tolist() for path, rank in flat.items()}
+
+
 def _alarms(
-  c: Config, rules, layers, state: TrainState, end_of_discover: bool
+  c: Config, ledger: Ledger, state: TrainState, end_of_discover: bool
 ) -> Iterator[str]:
   """Says what a user should not find out by accident."""
   flat = lowrank.flatten_ranks(jax.device_get(state.ranks))
@@ -629,18 +716,23 @@ def _alarms(
         f" Lower config.discover.lam (now {c.discover.lam:g}), or keep the"
         " layer dense by a rule with decompose=False"
       )
-  if end_of_discover and flat and c.discover.shrink:
-    start = lowrank.resolve(rules, layers)
+  if end_of_discover and flat and c.discover.shrink and c.pieces.shrink:
+    start = ledger.ranks
     if all(np.all(rank == start[path]) for path, rank in flat.items()):
       scores = lowrank.importance(state.params, state.ranks)
       least = min(float(np.min(x)) for x in jax.device_get(scores).values())
-      yield (
+      text = (
         "no rank has moved while discovering: the least important component"
-        f" scores {least:.1e}, config.threshold is {c.threshold:g}. Raise"
-        f" config.discover.lam (now {c.discover.lam:g}) or"
-        " config.discover.epochs; if lambda is large already, the threshold"
-        " lies below the floor of order (learning rate * lambda)^2: raise it"
+        f" scores {least:.1e}. Raise config.discover.lam (now"
+        f" {c.discover.lam:g}) or config.discover.epochs"
       )
+      if c.pieces.shrink == "threshold":
+        text += (
+          f"; config.threshold is {c.threshold:g}: if lambda is large already,"
+          " it lies below the floor of order (learning rate * lambda)^2: raise"
+          " it"
+        )
+      yield text
 
 
 def _results(

@@ -61,7 +61,7 @@ def run(
   """Returns (state, losses) after some steps."""
   x, y, params = problem()
   mesh = make_mesh(devices)
-  defaults = {"lam": 0.01, "lasso": "hierarchical", "full_pass": None}
+  defaults = {"lam": 0.01, "penalty": lowrank.group_lasso, "full_pass": None}
   step = make_step(
     MODEL,
     SGD,
@@ -124,7 +124,7 @@ def test_a_step_minimises_the_loss_at_sampled_ranks_plus_the_lasso(close):
   close(gradients(state), grads, 1e-4)
   assert state.step == 1
   assert state.metrics["steps"] == 1
-  total = state.metrics["loss"] + state.metrics["lasso"]
+  total = state.metrics["loss"] + state.metrics["penalty"]
   assert float(total) == pytest.approx(loss, rel=1e-6)
 
 
@@ -284,7 +284,7 @@ def test_the_steps_of_an_epoch_see_every_example_once():
     batch_size=BATCH,
     steps_per_epoch=SIZE // BATCH,
     lam=0.0,
-    lasso="hierarchical",
+    penalty=None,
     full_pass=None,
     mesh=make_mesh(1),
   )

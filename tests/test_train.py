@@ -617,7 +617,7 @@ def test_a_dense_run_starts_a_decomposed_one_at_the_same_loss(tmp_path):
   assert dense["final"]["params"] == dense["dense"]["params"]
   assert dense["final"]["macs"] == dense["dense"]["macs"]
   assert dense["alarms"] == []
-  assert metrics.read(tmp_path / "dense")[1]["train/lasso"] == 0
+  assert metrics.read(tmp_path / "dense")[1]["train/penalty"] == 0
   train.train(
     config(STILL | {"init_from": str(tmp_path / "dense")}), tmp_path / "low"
   )
