@@ -221,6 +221,7 @@ CONVOLUTIONS = {
   "dilated": ((6, 6), (2, 3), (1, 1), ((0, 1), (1, 0)), (3, 2)),
   "negative padding": ((6, 6), (2, 2), (1, 1), ((-1, 0), (0, -2)), (1, 1)),
   "one axis": ((12,), (5,), (1,), "SAME", (2,)),
+  "few channels": ((9, 8), (3, 2), (2, 1), "SAME", (1, 1)),
   "three axes": ((2, 3, 2), (2, 2, 3), (1, 1, 1), "SAME", (1, 1, 1)),
 }
 
@@ -229,8 +230,9 @@ CONVOLUTIONS = {
 def test_a_convolution_as_a_product_equals_lax(name):
   space, window, strides, padding, dilation = CONVOLUTIONS[name]
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(3, *space, 4)).astype(np.float32)
-  kernel = rng.normal(size=(*window, 4, 5)).astype(np.float32)
+  n_in = 3 if name == "few channels" else 4
+  x = rng.normal(size=(3, *space, n_in)).astype(np.float32)
+  kernel = rng.normal(size=(*window, n_in, 5)).astype(np.float32)
   n = len(space)
   numbers = jax.lax.ConvDimensionNumbers(
     (0, n + 1, *range(1, n + 1)),
@@ -266,7 +268,7 @@ def test_a_convolution_as_a_product_equals_lax(name):
 def test_large_grouped_and_accelerators_convolutions_stay_with_xla(
   monkeypatch,
 ):
-  x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 5))
+  x, kernel = jnp.ones((2, 8, 8, 8)), jnp.ones((3, 3, 8, 6))
 
   def program(x, kernel, groups=1):
     f = functools.partial(
@@ -284,6 +286,7 @@ def test_large_grouped_and_accelerators_convolutions_stay_with_xla(
   assert "conv_general_dilated" in program(x, kernel)
   small = x[:, :4, :4]
   assert "conv_general_dilated" not in program(small, kernel)
-  assert "conv_general_dilated" in program(small, kernel[:, :, :2, :4], 2)
+  assert "conv_general_dilated" not in program(x[..., :3], kernel[:, :, :3])
+  assert "conv_general_dilated" in program(small, kernel[:, :, :4], 2)
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert "conv_general_dilated" in program(small, kernel)

@@ -92,8 +92,11 @@ def conv(
 # ---------------------------------------------------------------------------
 
 # XLA:CPU takes a hundred times as long as a product for outputs of 2 x 2
-# pixels, and about as long at 4 x 4; see docs/performance.md.
+# pixels, about as long at 4 x 4, and longer for the channels of raw images; see
+# docs/performance.md.
 _FEW_PIXELS = 16
+_FEW_CHANNELS = 3
+_MOST_NUMBERS = 1 << 26  # in patches of few channels: 256 MB of float32
 
 
 def convolution(
@@ -110,13 +113,14 @@ def convolution(
 ):
   """Computes `lax.conv_general_dilated`, on CPUs by a product if that is fast.
 
-  That is the case for windows of one pixel and for outputs of few pixels:
-  there, shifted slices of the padded input, side by side, are multiplied with
-  the kernel as a matrix. On accelerators XLA's convolution is always used.
+  That is the case for windows of one pixel, for outputs of few pixels and for
+  inputs of few channels: there, shifted slices of the padded input, side by
+  side, are multiplied with the kernel as a matrix. On accelerators XLA's
+  convolution is always used.
   """
-  numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+  layout = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
   last, n = x.ndim - 1, x.ndim - 2
-  channels_last = numbers == lax.ConvDimensionNumbers(
+  channels_last = layout == lax.ConvDimensionNumbers(
     (0, last, *range(1, last)), (last, n, *range(n)), (0, last, *range(1, last))
   )
   lhs_dilation = tuple(lhs_dilation or (1,) * n)
@@ -139,8 +143,13 @@ def convolution(
         x.shape[1:-1], padding, spans, strides, strict=True
       )
     ]
-    few = math.prod(pixels) <= _FEW_PIXELS and min(pixels, default=0) > 0
-    if few or (math.prod(window) == 1 and not any(map(any, padding))):
+    patch = math.prod(window) * x.shape[-1]
+    numbers = x.shape[0] * math.prod(pixels) * patch
+    few = math.prod(pixels) <= _FEW_PIXELS or (
+      x.shape[-1] <= _FEW_CHANNELS and numbers <= _MOST_NUMBERS
+    )
+    one = math.prod(window) == 1 and not any(map(any, padding))
+    if min(pixels, default=0) > 0 and (few or one):
       return _product(
         x, kernel, strides, padding, rhs_dilation, pixels, options["precision"]
       )
