@@ -5,7 +5,8 @@
   python -m benchmarks.deployed --smoke
 
 Random weights, as values do not matter for time: decomposed, cut by the rule
-"uniform" to fractions of the dense MACs, and extracted, which merges layers
+"uniform" to fractions of the dense MACs, with ranks that are multiples of
+--multiple_of (16; odd ranks leave vectors unfilled), and extracted, which merges layers
 where dense is cheaper. Dense, factored at full rank, truncated and extracted
 networks take turns, pass by pass, at batch 1 and 64. Then a latency budget of
 --latency (0.8) times the dense network's median is asked for at batch 1, and
@@ -70,6 +71,7 @@ def measure(
   *,
   repeats: int,
   latency: float,
+  multiple_of: int = 16,
   width: int | None = None,
 ) -> list[dict[str, Any]]:
   """Measures all forms of one network; see the file's docstring.
@@ -79,6 +81,7 @@ def measure(
     fractions: of the dense network's MACs.
     repeats: passes of each form.
     latency: budget, as a fraction of the dense network's latency.
+    multiple_of: of the ranks, but for whole layers.
     width: channels of the first stage, None for the network's own.
 
   Returns:
@@ -98,7 +101,9 @@ def measure(
 
   for fraction in fractions:
     text = f"macs:{fraction:g}"
-    ranks = allocate.choose_ranks(run, text, rule="uniform")
+    ranks = allocate.choose_ranks(
+      run, text, rule="uniform", multiple_of=multiple_of
+    )
     forms[f"truncated, {text}"] = lowrank.truncate(params, ranks)
     cut(f"extracted, {text}", ranks)
   example = run.facts.example
@@ -107,7 +112,11 @@ def measure(
   )[0]
   budget = f"latency_ms:{latency * first:.4g}"
   ranks = allocate.choose_ranks(
-    run, budget, rule="uniform", latency_repeats=repeats
+    run,
+    budget,
+    rule="uniform",
+    latency_repeats=repeats,
+    multiple_of=multiple_of,
   )
   cut(f"extracted, {budget}", ranks)
   times = {
@@ -133,6 +142,7 @@ def measure(
         "latency_ms": {str(b): times[b][i] for b in BATCHES},
         "ratio_to_dense": {str(b): times[b][i] / times[b][0] for b in BATCHES},
         "repeats": repeats,
+        "multiple_of": multiple_of,
         **train_step.machine(),
       }
     )
@@ -180,6 +190,7 @@ def main(argv: list[str]) -> None:
       fractions,
       repeats=5 if values.smoke else values.repeats,
       latency=values.latency,
+      multiple_of=values.multiple_of,
     )
     print(f"{table(rows)}\n", flush=True)
     if values.out:
@@ -191,6 +202,7 @@ def define_flags() -> None:
   flags.DEFINE_list("networks", ["resnet18", "vgg19"], "Of lenet, ... vgg19.")
   flags.DEFINE_list("fractions", ["0.5"], "Budgets, of the dense MACs.")
   flags.DEFINE_float("latency", 0.8, "Budget, of the dense latency.")
+  flags.DEFINE_integer("multiple_of", 16, "Of the ranks.", lower_bound=1)
   flags.DEFINE_integer("repeats", 50, "Forward passes of each form.")
   flags.DEFINE_bool("smoke", False, "LeNet, five passes, to try it.")
   flags.DEFINE_string("out", None, "File to append JSON lines to.")

@@ -390,7 +390,7 @@ def test_a_whole_run_from_the_command_line(tmp_path):
 
 
 def test_deployed_measures_what_its_rows_say():
-  rows = deployed.measure("lenet", [0.5], repeats=1, latency=0.9)
+  rows = deployed.measure("lenet", [0.5], repeats=1, latency=0.9, multiple_of=1)
   by_form = {row["form"]: row for row in rows}
   dense = by_form["dense"]
   assert (dense["params"], dense["macs"]) == (44_426, 281_640)
