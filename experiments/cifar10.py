@@ -78,18 +78,6 @@ _CHECK = "device_check.json"
 _SAVE_SECONDS = 60.0  # what a stopped run may take to save its state
 _CURVES = ("train/", "val/", "rank/", "cost/", "examples_per_second")
 
-_VARIANT = flags.DEFINE_enum("variant", "", list(ROWS), "Of the config.")
-_NETWORK = flags.DEFINE_enum("network", "resnet", list(CONFIGS), "Which one.")
-_ROWS = flags.DEFINE_list("rows", None, "Some of the rows, by name.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "Two epochs a run; kept in runs/.")
-_OUT = flags.DEFINE_string("out", None, "Folder of results, curves, figure.")
-_ROOT = flags.DEFINE_string("workdir", None, "Folder of the runs' workdirs.")
-_LIMIT = flags.DEFINE_float(
-  "limit_minutes", None, "Stop within so many minutes, saved; None never."
-)
-_CHECK_ONLY = flags.DEFINE_bool("check_only", False, "Only check the device.")
-
-
 # ---------------------------------------------------------------------------
 # The check of the device
 # ---------------------------------------------------------------------------
@@ -214,13 +202,13 @@ def _train(workdir: pathlib.Path, overrides: list[str], clock: Clock) -> None:
   """
   if clock.over:
     raise Interrupted(f"{workdir.name} is not finished")
-  variants = [_VARIANT.value, "smoke" if _SMOKE.value else ""]
-  config = CONFIGS[_NETWORK.value] + ":" + ",".join(filter(None, variants))
+  variants = [values.variant, "smoke" if values.smoke else ""]
+  config = CONFIGS[values.network] + ":" + ",".join(filter(None, variants))
   command = [sys.executable, "-m", "maestro.main"]
   command += [f"--config={config.rstrip(':')}", f"--workdir={workdir}"]
   workdir.mkdir(parents=True, exist_ok=True)
   env = dict(os.environ)
-  if _VARIANT.value == "gpu":
+  if values.variant == "gpu":
     # A run that goes on in the next call need not compile again.
     cache = workdir.parent / "compiled"
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.resolve()))
@@ -366,12 +354,12 @@ def _report(names: Sequence[str], out: pathlib.Path) -> None:
       results[name] = report.load(out / f"{name}.json")
   if not series:
     return
-  comparable = _VARIANT.value != "short" and not _SMOKE.value
-  title = {"resnet": "ResNet-18", "vgg": "VGG-19"}[_NETWORK.value]
-  title += f" on CIFAR-10, {_VARIANT.value or 'settled'}"
+  comparable = values.variant != "short" and not values.smoke
+  title = {"resnet": "ResNet-18", "vgg": "VGG-19"}[values.network]
+  title += f" on CIFAR-10, {values.variant or 'settled'}"
   if not comparable:
     title += " (a demonstration: far too short for its accuracy to mean much)"
-  published = PUBLISHED[_NETWORK.value] if comparable else []
+  published = PUBLISHED[values.network] if comparable else []
   figure = draw(series, results, published, title)
   figure.savefig(out / "curves.png")
   print(f"\nfigure: {out / 'curves.png'}")
@@ -380,30 +368,36 @@ def _report(names: Sequence[str], out: pathlib.Path) -> None:
     for name, one in results.items():
       speed = one["train"]["examples_per_second"]
       print(f"{name}: {speed:,.1f} images/s in training")
-  print(f"\n{published_table(_NETWORK.value)}")
+  print(f"\n{published_table(values.network)}")
 
 
 def main(argv: list[str]) -> None:
   """Checks the device, runs what is missing, reports what there is."""
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
-  if _CHECK_ONLY.value:
-    found = check_device(_NETWORK.value, width=8 if _SMOKE.value else 64)
-    if _OUT.value is not None:
+  if values.check_only:
+    found = check_device(
+      values.network, width=8 if values.smoke else 64
+    )
+    if values.out is not None:
       text = json.dumps(found, indent=1) + "\n"
-      (pathlib.Path(_OUT.value) / _CHECK).write_text(text)
+      (pathlib.Path(values.out) / _CHECK).write_text(text)
     return
-  rows = ROWS[_VARIANT.value]
-  chosen = list(rows) if _ROWS.value is None else _ROWS.value
+  rows = ROWS[values.variant]
+  chosen = list(rows) if values.rows is None else values.rows
   if unknown := [name for name in chosen if name not in rows]:
     raise UserError(f"--rows: {unknown} unknown; known: {', '.join(rows)}")
-  clock = Clock(_LIMIT.value)
-  parts = ["cifar10", "vgg" if _NETWORK.value == "vgg" else ""]
-  parts += [_VARIANT.value or "settled", "smoke" if _SMOKE.value else ""]
+  clock = Clock(values.limit_minutes)
+  parts = ["cifar10", "vgg" if values.network == "vgg" else ""]
+  parts += [
+    values.variant or "settled",
+    "smoke" if values.smoke else "",
+  ]
   folder = "_".join(filter(None, parts))
-  root = pathlib.Path(_ROOT.value or RUNS / folder)
+  root = pathlib.Path(values.workdir or RUNS / folder)
   out = pathlib.Path(
-    _OUT.value or (root / "report" if _SMOKE.value else RESULTS / folder)
+    values.out
+    or (root / "report" if values.smoke else RESULTS / folder)
   )
   for path in (root, out):
     path.mkdir(parents=True, exist_ok=True)
@@ -412,7 +406,10 @@ def main(argv: list[str]) -> None:
       missing = [n for n in chosen if not (root / n / "results.json").exists()]
       if missing and not (root / _CHECK).exists():
         command = [sys.executable, "-m", "experiments.cifar10", "--check_only"]
-        command += [f"--network={_NETWORK.value}", f"--smoke={_SMOKE.value}"]
+        command += [
+          f"--network={values.network}",
+          f"--smoke={values.smoke}",
+        ]
         command += [f"--out={root}"]
         code = clock.call(command, None, os.environ)
         if clock.over:
@@ -430,5 +427,20 @@ def main(argv: list[str]) -> None:
       _report(list(rows), out)
 
 
+def define_flags() -> None:
+  """Defines the command's flags."""
+  flags.DEFINE_enum("variant", "", list(ROWS), "Of the config.")
+  flags.DEFINE_enum("network", "resnet", list(CONFIGS), "Which one.")
+  flags.DEFINE_list("rows", None, "Some of the rows, by name.")
+  flags.DEFINE_bool("smoke", False, "Two epochs a run; kept in runs/.")
+  flags.DEFINE_string("out", None, "Folder of results, curves, figure.")
+  flags.DEFINE_string("workdir", None, "Folder of the runs' workdirs.")
+  flags.DEFINE_float(
+    "limit_minutes", None, "Stop within so many minutes, saved; None never."
+  )
+  flags.DEFINE_bool("check_only", False, "Only check the device.")
+
+
 if __name__ == "__main__":
+  define_flags()
   cli.run(main)

@@ -28,8 +28,6 @@ from maestro import workdir as workdir_lib
 from maestro.errors import UserError
 from maestro.sharding import make_mesh
 
-_SMOKE = flags.DEFINE_bool("smoke", False, "One epoch a run; not kept.")
-
 CONFIG = "configs/lenet_od.py"
 RECIPE = [
   "--config.discover.lam=0",
@@ -172,7 +170,7 @@ def main(argv: list[str]) -> None:
   """Trains what is missing, cuts, prints the tables and the checks."""
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
-  smoke = _SMOKE.value
+  smoke = flags.FLAGS.smoke
   folder = pathlib.Path("runs/experiments") / (
     "deploy_smoke" if smoke else "deploy"
   )
@@ -210,5 +208,11 @@ def main(argv: list[str]) -> None:
     sys.exit(1)
 
 
+def define_flags() -> None:
+  """Defines the command's flags."""
+  flags.DEFINE_bool("smoke", False, "One epoch a run; not kept.")
+
+
 if __name__ == "__main__":
+  define_flags()
   cli.run(main)

@@ -8,7 +8,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_library_example_runs_and_gives_the_smaller_network():
-  (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+  code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
   names = {}
   exec(compile(code, "README.md", "exec"), names)
   model, x, small = names["model"], names["x"], names["small"]
@@ -17,7 +17,7 @@ def test_the_library_example_runs_and_gives_the_smaller_network():
 
 
 def test_the_example_fits_on_a_first_screen():
-  (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+  code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
   assert len([line for line in code.splitlines() if line.strip()]) <= 12
 
 
@@ -45,4 +45,6 @@ def test_every_config_and_module_command_in_the_readme_exists():
     assert name == "NAME" or (ROOT / "configs" / f"{name}.py").exists()
   command = r"python -m ((?:maestro|experiments)[\w.]*)"
   for module in set(re.findall(command, README)):
+    if module.endswith(".NAME"):
+      continue
     assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
