@@ -6,11 +6,12 @@
 
 Random weights, as values do not matter for time: decomposed, cut by the rule
 "uniform" to fractions of the dense MACs, with ranks that are multiples of
---multiple_of (16; odd ranks leave vectors unfilled), and extracted, which merges layers
-where dense is cheaper. Dense, factored at full rank, truncated and extracted
-networks take turns, pass by pass, at batch 1 and 64. Then a latency budget of
---latency (0.8) times the dense network's median is asked for at batch 1, and
-the network that it leads to is measured again beside the dense one.
+--multiple_of (16; odd ranks leave vectors unfilled), and extracted, which
+merges layers where dense is cheaper. Dense, factored at full rank, truncated
+and extracted networks take turns, pass by pass, at batch 1 and 64. Then a
+latency budget of --latency (0.8) times the dense network's median is asked for
+at batch 1, and the network that it leads to joins the others; it was within the
+budget when it was measured alone, without others between that empty the caches.
 
 --out appends one JSON line a form; without it nothing is written.
 """

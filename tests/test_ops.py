@@ -290,3 +290,60 @@ def test_large_grouped_and_accelerators_convolutions_stay_with_xla(
   assert "conv_general_dilated" in program(small, kernel[:, :, :4], 2)
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert "conv_general_dilated" in program(small, kernel)
+
+
+# ---------------------------------------------------------------------------
+# Factors above break-even are multiplied out, for enough rows
+# ---------------------------------------------------------------------------
+
+
+def _shapes_of_products(f, *args):
+  names = ("dot_general", "conv_general_dilated")
+  return {
+    e.invars[1].aval.shape
+    for e in jax.make_jaxpr(f)(*args).eqns
+    if e.primitive.name in names
+  }
+
+
+@pytest.mark.parametrize("rank", [None, 7, 5, 2, 0, "traced"])
+@pytest.mark.parametrize("kind", ["dot", "conv"])
+def test_factors_multiplied_out_give_the_same(kind, rank):
+  rng = np.random.default_rng(0)
+  shape = (40, 6, 7, 8) if kind == "conv" else (500, 8)
+  window = (3, 3) if kind == "conv" else ()
+  x, u, v, bias = (
+    rng.normal(size=s).astype(np.float32)
+    for s in (shape, (*window, 8, 7), (7, 7), (7,))
+  )
+  r = {"traced": 4, None: 7}.get(rank, rank)
+  if rank == "traced":  # what is beyond the rank reaches nothing
+    u[..., r:], v[r:] = np.nan, np.nan
+  call = ops.lowrank_conv if kind == "conv" else ops.lowrank_dot
+
+  def f(x, u, v, bias, *traced):
+    return call(x, u, v, *(traced or (rank,)), bias=bias)
+
+  def two(x, u, v, bias):
+    h = call(x, u[..., :r], jnp.eye(r))
+    y = h @ v[:r]
+    return y + jnp.broadcast_to(bias, y.shape)
+
+  traced = (jnp.int32(r),) if rank == "traced" else ()
+  if r < 7 and not traced:
+    # Break-even is 8 * 7 / 15 = 3.7, of the convolution 72 * 7 / 79 = 6.4.
+    whole = (*window, 8, 7) in _shapes_of_products(f, x, u, v, bias)
+    assert whole == (rank == 5 and kind == "dot")
+  y, pull = jax.vjp(lambda *a: f(*a, *traced), x, u, v, bias)
+  u, v = np.nan_to_num(u), np.nan_to_num(v)
+  wanted, pull_wanted = jax.vjp(two, x, u, v, bias)
+  g = np.cos(wanted)
+  for a, b in zip((y, *pull(g)), (wanted, *pull_wanted(g)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+def test_few_rows_are_not_worth_multiplying_out():
+  u, v = jnp.ones((8, 7)), jnp.ones((7, 9))
+  few = _shapes_of_products(ops.lowrank_dot, jnp.ones((2, 8)), u, v)
+  many = _shapes_of_products(ops.lowrank_dot, jnp.ones((500, 8)), u, v)
+  assert (8, 9) not in few and (8, 9) in many

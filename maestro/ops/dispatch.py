@@ -48,7 +48,9 @@ def lowrank_dot(
   precision: Any = None,
   implementation: str | None = None,
 ) -> Float[Array, "*batch m"]:
-  """Computes y = (x @ u[:, :r]) @ v[:r] + bias, never forming u @ v.
+  """Computes y = (x @ u[:, :r]) @ v[:r] + bias.
+
+  Forms u @ v only where that takes fewer MACs, which is above break-even.
 
   Args:
     x: inputs.

@@ -21,10 +21,23 @@ def _add_bias(y, bias):
   return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
+def _multiply_out(rows: int, n_in: int, rank: int, n_out: int) -> bool:
+  """True if u @ v and one product take fewer MACs than two products.
+
+  That is so above break-even, rank > in * out / (in + out), for enough rows:
+  where training starts, at full rank, factors then cost what a kernel costs.
+  """
+  whole = rows * n_in * n_out + n_in * rank * n_out
+  return whole < rows * rank * (n_in + n_out)
+
+
 def dot(x, u, v, rank, *, bias, precision):
   """See `maestro.ops.lowrank_dot`; rank is None or an int32 scalar."""
   if rank is not None:
     u, v = mask_factor(u, "u", rank), mask_factor(v, "v", rank)
+  if _multiply_out(math.prod(x.shape[:-1]), *u.shape, v.shape[1]):
+    kernel = jnp.dot(u, v, precision=precision)
+    return _add_bias(jnp.dot(x, kernel, precision=precision), bias)
   h = jnp.dot(x, u, precision=precision)
   y = jnp.dot(h, v, precision=precision)
   return _add_bias(y, bias)
@@ -72,6 +85,16 @@ def conv(
       precision=precision,
     )
 
+  if groups == 1:
+    whole = (*u.shape[:-1], v.shape[-1])
+    n_in, n_out = math.prod(whole[:-1]), whole[-1]
+    rows = math.prod(
+      jax.eval_shape(convolve, x, jax.ShapeDtypeStruct(whole, u.dtype)).shape[
+        :-1
+      ]
+    )
+    if _multiply_out(rows, n_in, u.shape[-1], n_out):
+      return _add_bias(convolve(x, jnp.dot(u, v, precision=precision)), bias)
   if u.shape[-1]:
     h = convolve(x, u)
   else:  # XLA has no convolution to zero channels, but it has its shape
