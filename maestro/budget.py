@@ -197,12 +197,14 @@ def cost_tables(
   costs, candidates = {}, {}
   for path, rank in flat.items():
     spec, top = layers[path], int(np.max(rank, initial=0))
+    # An adapter is merged into its kernel, whatever its rank.
+    adapter = spec.weight in lowrank.get(params, path)
     # The cost of factors is linear in their rank.
     step = (stored[path] - empty[path]) // max(top, 1)
     table = np.array(
       [
         dense[path]
-        if lowrank.dense_is_cheaper(spec.n_in, spec.n_out, r)
+        if adapter or lowrank.dense_is_cheaper(spec.n_in, spec.n_out, r)
         else empty[path] + r * step
         for r in range(top + 1)
       ],
@@ -235,7 +237,7 @@ def current(
   if not full:
     raise BudgetError(
       "this network has no factored layers, so there are no ranks to choose;"
-      " a run of --config.method=maestro has"
+      " a run of a method with factors, such as --config.method=maestro, has"
     )
   given = lowrank.flatten_ranks(ranks)
   return {path: np.asarray(given.get(path, r)) for path, r in full.items()}

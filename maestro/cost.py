@@ -3,7 +3,8 @@
 MACs are multiply-accumulates of convolutions and of products with weights, for
 the forward pass of one example. Look-ups of embeddings, normalisation, biases
 and activations count 0 (the paper's convention). Parameters count everything
-trainable.
+trainable. Factors count as the two products that they are; above break-even,
+`maestro.ops` multiplies them out first and spends little more than a kernel.
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ import maestro.nn
 from maestro import lowrank
 from maestro.cost import count_cost
 from maestro.lowrank import LowRankError
+from maestro.ops import xla
 
 
 class LeNet(nn.Module):
@@ -152,7 +153,9 @@ def test_counts_take_abstract_parameters(case):
 
 
 @pytest.mark.parametrize("level", ["dense", "full", "half", 1])
-def test_macs_are_those_of_the_traced_program(case, level):
+def test_macs_are_those_of_the_traced_program(case, level, monkeypatch):
+  # The two products that factors stand for, also where one would be cheaper.
+  monkeypatch.setattr(xla, "_multiply_out", lambda *_: False)
   if level == "dense":
     params, cost = case.dense, count_cost(case.layers, case.dense)
   else:

@@ -6,6 +6,7 @@ smaller in the arrays is also faster.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,15 @@ def _add_bias(y, bias):
   return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
-def _multiply_out(rows: int, n_in: int, rank: int, n_out: int) -> bool:
+def _multiply_out(rows: Any, n_in: int, rank: int, n_out: int) -> bool:
   """True if u @ v and one product take fewer MACs than two products.
 
   That is so above break-even, rank > in * out / (in + out), for enough rows:
   where training starts, at full rank, factors then cost what a kernel costs.
+  A batch of unknown size (`jax.export`) is taken as too small.
   """
+  if not isinstance(rows, int):
+    return False
   whole = rows * n_in * n_out + n_in * rank * n_out
   return whole < rows * rank * (n_in + n_out)
 
@@ -169,7 +173,9 @@ def convolution(
     patch = math.prod(window) * x.shape[-1]
     numbers = x.shape[0] * math.prod(pixels) * patch
     few = math.prod(pixels) <= _FEW_PIXELS or (
-      x.shape[-1] <= _FEW_CHANNELS and numbers <= _MOST_NUMBERS
+      x.shape[-1] <= _FEW_CHANNELS
+      and isinstance(numbers, int)  # not so if the batch is of unknown size
+      and numbers <= _MOST_NUMBERS
     )
     one = math.prod(window) == 1 and not any(map(any, padding))
     if min(pixels, default=0) > 0 and (few or one):
