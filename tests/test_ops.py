@@ -268,7 +268,7 @@ def test_a_convolution_as_a_product_equals_lax(name):
 def test_large_grouped_and_accelerators_convolutions_stay_with_xla(
   monkeypatch,
 ):
-  x, kernel = jnp.ones((2, 8, 8, 8)), jnp.ones((3, 3, 8, 6))
+  x, kernel = jnp.ones((2, 8, 8, 8)), jnp.ones((3, 3, 8, 8))
 
   def program(x, kernel, groups=1):
     f = functools.partial(
@@ -286,6 +286,8 @@ def test_large_grouped_and_accelerators_convolutions_stay_with_xla(
   assert "conv_general_dilated" in program(x, kernel)
   small = x[:, :4, :4]
   assert "conv_general_dilated" not in program(small, kernel)
+  assert "conv_general_dilated" in program(small, kernel[..., :7])
+  assert "conv_general_dilated" not in program(x[:, :2, :2], kernel[..., :7])
   assert "conv_general_dilated" not in program(x[..., :3], kernel[:, :, :3])
   assert "conv_general_dilated" in program(small, kernel[:, :, :4], 2)
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")

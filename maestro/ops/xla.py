@@ -119,9 +119,9 @@ def conv(
 # ---------------------------------------------------------------------------
 
 # XLA:CPU takes a hundred times as long as a product for outputs of 2 x 2
-# pixels, about as long at 4 x 4, and longer for the channels of raw images; see
-# docs/performance.md.
-_FEW_PIXELS = 16
+# pixels, a little longer at 4 x 4 unless channels get fewer, and longer for the
+# channels of raw images; see docs/performance.md.
+_FEWEST_PIXELS, _FEW_PIXELS = 4, 16
 _FEW_CHANNELS = 3
 _MOST_NUMBERS = 1 << 26  # in patches of few channels: 256 MB of float32
 
@@ -172,7 +172,10 @@ def convolution(
     ]
     patch = math.prod(window) * x.shape[-1]
     numbers = x.shape[0] * math.prod(pixels) * patch
-    few = math.prod(pixels) <= _FEW_PIXELS or (
+    most = _FEWEST_PIXELS
+    if kernel.shape[-1] >= x.shape[-1]:
+      most = _FEW_PIXELS
+    few = math.prod(pixels) <= most or (
       x.shape[-1] <= _FEW_CHANNELS
       and isinstance(numbers, int)  # not so if the batch is of unknown size
       and numbers <= _MOST_NUMBERS
