@@ -50,8 +50,8 @@ RULES = ("uniform", "threshold", "energy", "greedy", "dp")
 _MEASURING = ("greedy", "dp")
 
 # What a search may cost if not told: MACs of the dense network's forward pass.
-# About ten minutes on two CPU cores.
-_WORK = 6e13
+# About ten minutes on two CPU cores for ResNet-18, whose forty are the least.
+_WORK = 4e13
 _EVALUATIONS = (40, 1000)  # but at least, and at most
 _CHUNK = 512  # examples of one forward pass
 _CHAIN = 25  # profiles among which a latency budget chooses
@@ -64,7 +64,7 @@ class Options:
   Attributes:
     batch: training examples, at most, on which greedy and dp measure losses.
     evaluations: passes of that batch that a search may cost, roughly; None is
-      as many as fit 6e13 dense MACs, between 40 and 1000.
+      as many as fit 4e13 dense MACs, between 40 and 1000.
     multiple_of: ranks are multiples of it, or those of whole layers.
     seed: of the choice of the batch.
     latency_batch_size: examples of a forward pass for latency_ms.
