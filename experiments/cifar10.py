@@ -29,7 +29,6 @@ import matplotlib.figure
 import matplotlib.ticker
 from absl import flags
 
-from experiments import style
 from maestro import cli, metrics, report
 from maestro.errors import Interrupted, UserError
 
@@ -281,11 +280,11 @@ def draw(
     published: (name, accuracy %, params, GMACs), hollow marks.
     title: of the figure.
   """
-  with matplotlib.rc_context(style.STYLE):
+  with matplotlib.rc_context(report.STYLE):
     figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
     loss, rank, cost = figure.subplots(1, 3)
     for (name, series), colour in zip(
-      rows.items(), style.COLOURS, strict=False
+      rows.items(), report.COLOURS, strict=False
     ):
       label = name.replace("lam", "λ ")
       if "train/loss" in series:

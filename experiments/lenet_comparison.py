@@ -32,7 +32,7 @@ import matplotlib.ticker
 import numpy as np
 from absl import flags
 
-from experiments import runs, style
+from experiments import runs
 from maestro import cli, report
 from maestro.errors import UserError
 from maestro.methods import METHODS
@@ -136,7 +136,7 @@ def draw(results: Results) -> matplotlib.figure.Figure:
 
   dense = results.get(("dense", 100))
   names = list(dict.fromkeys(name for name, p in results if p != 100))
-  with matplotlib.rc_context(style.STYLE):
+  with matplotlib.rc_context(report.STYLE):
     figure = matplotlib.figure.Figure(
       figsize=(8, 1.3 + 0.28 * len(names)), layout="constrained"
     )
@@ -146,13 +146,13 @@ def draw(results: Results) -> matplotlib.figure.Figure:
     for axes, percent in zip(grid.flat, percents, strict=True):
       for y, name in enumerate(names):
         found = errors(results[name, percent])
-        colour = style.COLOURS[1 if name in ("maestro", "prox") else 0]
+        colour = report.COLOURS[1 if name in ("maestro", "prox") else 0]
         axes.plot(found, [y] * len(found), "o", ms=4, alpha=0.5, color=colour)
         axes.plot([np.mean(found)], [y], "|", ms=13, mew=2.2, color=colour)
       if dense:
         axes.axvline(
           np.mean(errors(dense)),
-          color=style.INK,
+          color=report.INK,
           linewidth=1,
           linestyle=(0, (4, 3)),
           label="dense, 100 %",

@@ -24,7 +24,7 @@ import matplotlib.figure
 import matplotlib.ticker
 from absl import flags
 
-from experiments import runs, style
+from experiments import runs
 from maestro import cli, metrics, report
 from maestro.errors import UserError
 
@@ -100,7 +100,7 @@ def draw(results: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
   names = list(results[0]["ranks"])
   columns = 3
   rows = -(-len(names) // columns)
-  with matplotlib.rc_context(style.STYLE):
+  with matplotlib.rc_context(report.STYLE):
     figure = matplotlib.figure.Figure(
       figsize=(8, 2.35 * rows + 0.4), layout="constrained"
     )

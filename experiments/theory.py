@@ -36,12 +36,12 @@ from absl import flags
 
 import maestro
 from experiments import runs
-from experiments.style import COLOURS, GREY, INK, STYLE
 from maestro import cli, losses, sampling
 from maestro.data import synthetic
 from maestro.errors import UserError
 from maestro.models import LinearAutoencoder, LinearMap
 from maestro.provenance import git_commit
+from maestro.report import COLOURS, GREY, INK, STYLE
 
 Sampler = Callable[[jax.Array, Any], Any]
 

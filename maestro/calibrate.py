@@ -152,7 +152,7 @@ def _matrices(
       f" {spec.kernel_shape} to decompose, found"
       f" {'factors' if 'u' in node else shape}"
     )
-  k = np.asarray(lowrank._to_matrix(kernel, spec), np.float64)
+  k = np.asarray(lowrank.to_matrix(kernel, spec), np.float64)
   c = np.asarray(moments[path], np.float64)
   vector = (*spec.lead, spec.n_in)
   if c.shape not in (vector, (*vector, spec.n_in)):
@@ -246,7 +246,7 @@ def decompose(
       "u": jnp.asarray(u.reshape((*spec.lead, *spec.inputs, rank)), dtype),
       "v": jnp.asarray(v.reshape((*spec.lead, rank, *spec.outputs)), dtype),
     }
-  return lowrank._replace(params, changes)
+  return lowrank.replace(params, changes)
 
 
 def compare(

@@ -59,7 +59,7 @@ def _size(leaf: Any) -> tuple[int, int]:
   return n, n * jnp.dtype(leaf.dtype).itemsize
 
 
-def _macs(spec: LayerSpec, rank: int | None) -> int:
+def layer_macs(spec: LayerSpec, rank: int | None) -> int:
   """MACs of one layer at a rank; None is the dense kernel."""
   maps = math.prod(spec.lead)
   n_in, n_out = spec.n_in, spec.n_out
@@ -106,13 +106,13 @@ def count_cost(
       n, b = n + size, b + size_bytes
     macs, rank, live = 0, None, None
     if spec.weight in node:
-      macs += _macs(spec, None)
+      macs += layer_macs(spec, None)
     if "u" in node and "v" in node:
       stored = node["u"].shape[-1]
       live = np.asarray(flat.get(path, np.full(spec.lead, stored)))
       lowrank.check_rank(live, stored, path)
       rank = lowrank.stored_rank(live, stored)
-      macs += _macs(spec, rank)
+      macs += layer_macs(spec, rank)
       cut = (stored - rank) * math.prod(spec.lead)
       for name, width in (("u", spec.n_in), ("v", spec.n_out)):
         n -= cut * width

@@ -143,12 +143,12 @@ def get(tree: Tree, path: str) -> Any:
   return node
 
 
-def _replace(tree: Tree, changes: Mapping[str, Tree], path: str = "") -> dict:
+def replace(tree: Tree, changes: Mapping[str, Tree], path: str = "") -> dict:
   """Copies a nested mapping with the nodes at some paths replaced."""
   if path in changes:
     return dict(changes[path])
   return {
-    name: _replace(node, changes, f"{path}/{name}" if path else name)
+    name: replace(node, changes, f"{path}/{name}" if path else name)
     if isinstance(node, Mapping)
     else node
     for name, node in tree.items()
@@ -202,7 +202,7 @@ def check_rank(rank: Any, full_rank: int, path: str) -> None:
     )
 
 
-def _paired(params: Tree, ranks: Tree) -> dict[str, tuple[Tree, Any]]:
+def paired(params: Tree, ranks: Tree) -> dict[str, tuple[Tree, Any]]:
   """Pairs the factored layers that `ranks` names with their ranks."""
   layers = factored(params)
   pairs = {}
@@ -248,7 +248,7 @@ def _lead(node: Tree, spec: LayerSpec | None, path: str) -> tuple[int, ...]:
   return candidates[0]
 
 
-def _component_axes(x: jax.Array, name: str, n_lead: int) -> tuple[int, ...]:
+def component_axes(x: jax.Array, name: str, n_lead: int) -> tuple[int, ...]:
   """Axes of u or v that are neither leading nor the rank axis."""
   if name == "u":
     return tuple(range(n_lead, x.ndim - 1))
@@ -262,7 +262,7 @@ def _live(x: jax.Array, name: str, rank: Any) -> jax.Array:
   size = x.shape[-1] if name == "u" else x.shape[n_lead]
   component = jax.lax.broadcasted_iota(jnp.int32, (*lead, size), n_lead)
   live = component < jnp.asarray(rank)[..., None]
-  return jnp.expand_dims(live, _component_axes(x, name, n_lead))
+  return jnp.expand_dims(live, component_axes(x, name, n_lead))
 
 
 def mask_factor(x: jax.Array, name: str, rank: Any) -> jax.Array:
@@ -275,7 +275,7 @@ def mask_factor(x: jax.Array, name: str, rank: Any) -> jax.Array:
 # ---------------------------------------------------------------------------
 
 
-def _to_matrix(kernel: jax.Array, spec: LayerSpec) -> jax.Array:
+def to_matrix(kernel: jax.Array, spec: LayerSpec) -> jax.Array:
   """Reshapes a stored kernel to matrices [*lead, in, out]."""
   if spec.kind == "conv" and spec.groups:  # output channels are group-major
     shape = (*spec.stack, spec.n_in, *spec.groups, spec.n_out)
@@ -283,8 +283,8 @@ def _to_matrix(kernel: jax.Array, spec: LayerSpec) -> jax.Array:
   return kernel.reshape((*spec.lead, spec.n_in, spec.n_out))
 
 
-def _to_kernel(matrix: jax.Array, spec: LayerSpec) -> jax.Array:
-  """Inverts `_to_matrix`."""
+def to_kernel(matrix: jax.Array, spec: LayerSpec) -> jax.Array:
+  """Inverts `to_matrix`."""
   if spec.kind == "conv" and spec.groups:
     matrix = jnp.moveaxis(matrix, -3, -2)
   return matrix.reshape(spec.kernel_shape)
@@ -367,7 +367,7 @@ def decompose(
         f"layer {path!r}: expected a dense {spec.weight!r} of shape"
         f" {spec.kernel_shape} to decompose, found {found}"
       )
-    matrix = _to_matrix(kernel, spec)
+    matrix = to_matrix(kernel, spec)
     # SVD has no half-precision form; the factors keep the kernel's dtype.
     wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
     left, s, right = jnp.linalg.svd(wide, full_matrices=False)
@@ -378,7 +378,7 @@ def decompose(
       "u": u.reshape((*spec.lead, *spec.inputs, rank)).astype(kernel.dtype),
       "v": v.reshape((*spec.lead, rank, *spec.outputs)).astype(kernel.dtype),
     }
-  return _replace(params, changes)
+  return replace(params, changes)
 
 
 def full_ranks(
@@ -438,12 +438,12 @@ def merge(
       v.reshape((*lead, rank, spec.n_out)),
       precision=jax.lax.Precision.HIGHEST,
     )
-    kernel = _to_kernel(matrix, spec)
+    kernel = to_kernel(matrix, spec)
     if spec.weight in node:
       kernel = node[spec.weight] + kernel
     rest = {k: x for k, x in node.items() if k not in ("u", "v", spec.weight)}
     changes[path] = rest | {spec.weight: kernel}
-  return _replace(params, changes)
+  return replace(params, changes)
 
 
 # ---------------------------------------------------------------------------
@@ -460,12 +460,12 @@ def mask(params: Tree, ranks: Tree) -> dict:
   not name are left as they are. Concrete ranks out of range raise; traced ones
   act as if clipped.
   """
-  return _replace(
+  return replace(
     params,
     {
       path: dict(node)
       | {name: mask_factor(node[name], name, rank) for name in ("u", "v")}
-      for path, (node, rank) in _paired(params, ranks).items()
+      for path, (node, rank) in paired(params, ranks).items()
     },
   )
 
@@ -501,7 +501,7 @@ def truncate(params: Tree, ranks: Tree, multiple_of: int = 1) -> dict:
       names a layer without factors.
   """
   changes = {}
-  for path, (node, rank) in _paired(params, ranks).items():
+  for path, (node, rank) in paired(params, ranks).items():
     if _is_traced(rank):
       raise LowRankError(
         f"layer {path!r}: truncate needs concrete ranks, as they become"
@@ -511,7 +511,7 @@ def truncate(params: Tree, ranks: Tree, multiple_of: int = 1) -> dict:
       name: cut_factor(node[name], name, rank, multiple_of)
       for name in ("u", "v")
     }
-  return _replace(params, changes)
+  return replace(params, changes)
 
 
 def dense_is_cheaper(n_in: int, n_out: int, rank: int) -> bool:
@@ -552,12 +552,12 @@ def extract(
   return merge(small, layers, where=where)
 
 
-def _squared_norms(x: jax.Array, name: str, rank: Any) -> jax.Array:
+def squared_norms(x: jax.Array, name: str, rank: Any) -> jax.Array:
   """Squared Frobenius norm of each component, [*lead, R], zero if dead."""
   # Masked before it is squared, or a NaN would reach the gradient: 0 * NaN.
   wide = mask_factor(x, name, rank)
   wide = wide.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return jnp.sum(wide * wide, axis=_component_axes(x, name, jnp.ndim(rank)))
+  return jnp.sum(wide * wide, axis=component_axes(x, name, jnp.ndim(rank)))
 
 
 def _suffix_sums(x: jax.Array) -> jax.Array:
@@ -574,11 +574,11 @@ def _sqrt(x: jax.Array) -> jax.Array:
 def _norms(params: Tree, ranks: Tree | None):
   """Yields (path, squared norms of u's components, of v's), each [*lead, R]."""
   ranks = full_ranks(params) if ranks is None else ranks
-  for path, (node, rank) in _paired(params, ranks).items():
+  for path, (node, rank) in paired(params, ranks).items():
     yield (
       path,
-      _squared_norms(node["u"], "u", rank),
-      _squared_norms(node["v"], "v", rank),
+      squared_norms(node["u"], "u", rank),
+      squared_norms(node["v"], "v", rank),
     )
 
 

@@ -14,7 +14,6 @@ A rank is a run-time value: one compilation serves all of them.
 import contextlib
 import contextvars
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -190,29 +189,20 @@ class Conv(nn.Conv):
     x, u, v, bias = self.promote_dtype(
       inputs, u, v, _bias(self, dense), dtype=self.dtype
     )
-    window = (
-      (self.kernel_size,)
-      if isinstance(self.kernel_size, int)
-      else tuple(self.kernel_size)
-    )
+    window = _window(self)
     n = len(window)
-
-    def per_axis(value: int | Sequence[int] | None) -> tuple[int, ...]:
-      value = 1 if value is None else value
-      return (value,) * n if isinstance(value, int) else tuple(value)
-
     batch = x.shape[: x.ndim - n - 1]
     x = x.reshape((-1, *x.shape[len(batch) :]))
-    dilation = per_axis(self.kernel_dilation)
+    dilation = _per_axis(self.kernel_dilation, n)
     x, padding = _pad(x, self.padding, window, dilation)
     y = ops.lowrank_conv(
       x,
       u,
       v,
       rank,
-      strides=per_axis(self.strides),
+      strides=_per_axis(self.strides, n),
       padding=padding,
-      input_dilation=per_axis(self.input_dilation),
+      input_dilation=_per_axis(self.input_dilation, n),
       kernel_dilation=dilation,
       groups=groups,
       bias=bias,
@@ -234,6 +224,17 @@ class Conv(nn.Conv):
       v = lowrank.mask_factor(v, "v", rank)
     kernel = jnp.dot(u, v, precision=self.precision) * self.mask
     return kernel, jnp.eye(self.features, dtype=kernel.dtype)
+
+
+def _window(module: nn.Conv) -> tuple[int, ...]:
+  size = module.kernel_size
+  return (size,) if isinstance(size, int) else tuple(size)
+
+
+def _per_axis(value: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
+  """One number for each of n spatial axes, as Flax lets them be given."""
+  value = 1 if value is None else value
+  return (value,) * n if isinstance(value, int) else tuple(value)
 
 
 def _pad(x, padding, window, dilation):
@@ -345,8 +346,7 @@ def batch_statistics() -> Iterator[None]:
 def _spec(module: nn.Module, x: jax.Array, y: jax.Array) -> LayerSpec | None:
   """Describes a layer from its attributes and its input and output shapes."""
   if isinstance(module, nn.Conv):
-    window = module.kernel_size
-    window = (window,) if isinstance(window, int) else tuple(window)
+    window = _window(module)
     g = module.feature_group_count
     # All axes of one example; without a batch axis, y is one example.
     space = y.shape[y.ndim > len(window) + 1 : -1]
@@ -497,50 +497,24 @@ def _rows(module: nn.Module, x: jax.Array) -> jax.Array | None:
 
 def _patches(module: nn.Conv, x: jax.Array) -> jax.Array:
   """Unrolls a convolution's input: [(G,) N, window * in / G]."""
-  window = module.kernel_size
-  window = (window,) if isinstance(window, int) else tuple(window)
+  window = _window(module)
   n = len(window)
-
-  def per_axis(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    value = 1 if value is None else value
-    return (value,) * n if isinstance(value, int) else tuple(value)
-
-  strides, dilation = per_axis(module.strides), per_axis(module.kernel_dilation)
+  dilation = _per_axis(module.kernel_dilation, n)
   x = x.reshape((-1, *x.shape[x.ndim - n - 1 :]))
-  x, pads = _pad(x, module.padding, window, dilation)
-  spans = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
-  if isinstance(pads, str):
-    pads = jax.lax.padtype_to_pads(x.shape[1:-1], spans, strides, pads)
-  edges = [
-    (low, high, between - 1)
-    for (low, high), between in zip(
-      pads, per_axis(module.input_dilation), strict=True
-    )
-  ]
-  x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-  # Slices copy exactly, where a convolution with an identity may round.
-  lasts = [
-    max(0, (size - span) // stride + 1) * stride - stride + 1
-    for size, span, stride in zip(x.shape[1:-1], spans, strides, strict=True)
-  ]
-  patches = []
-  for offset in itertools.product(*map(range, window)):
-    start = [o * d for o, d in zip(offset, dilation, strict=True)]
-    stop = [a + last for a, last in zip(start, lasts, strict=True)]
-    patches.append(
-      jax.lax.slice(
-        x,
-        (0, *start, 0),
-        (x.shape[0], *stop, x.shape[-1]),
-        (1, *strides, 1),
-      )
-    )
-  g, size = module.feature_group_count, math.prod(window)
-  y = jnp.stack(patches, axis=-2)
+  x, padding = _pad(x, module.padding, window, dilation)
+  y = ops.unroll(
+    x,
+    window,
+    _per_axis(module.strides, n),
+    padding,
+    _per_axis(module.input_dilation, n),
+    dilation,
+  )
+  g, size, n_in = module.feature_group_count, math.prod(window), x.shape[-1]
   if g == 1:
-    return y.reshape((-1, size * x.shape[-1]))
-  y = y.reshape((-1, size, g, x.shape[-1] // g))
-  return jnp.moveaxis(y, 2, 0).reshape((g, -1, size * (x.shape[-1] // g)))
+    return y.reshape((-1, size * n_in))
+  y = y.reshape((-1, size, g, n_in // g))
+  return jnp.moveaxis(y, 2, 0).reshape((g, -1, size * (n_in // g)))
 
 
 def capture_inputs(

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from maestro import build, calibrate, cost, lowrank, optim, prox
+from maestro.budget import Budget, BudgetError
 from maestro.config import Config, ConfigError, bind, choose, parse_rules
 from maestro.data import Dataset, epoch_order
 from maestro.lowrank import LayerSpec, Rule, Tree
@@ -74,7 +75,7 @@ def adapter(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
       "u": u / math.sqrt(spec.n_in),
       "v": jnp.zeros((*spec.lead, rank, *spec.outputs), dtype),
     }
-  return lowrank._replace(params, changes)
+  return lowrank.replace(params, changes)
 
 
 DECOMPOSERS = {"svd": svd, "data": data, "adapter": adapter}
@@ -192,7 +193,7 @@ def frobenius(params: Tree, ranks: Tree, kind: str = "") -> jax.Array:
   """
   del kind
   total = jnp.zeros((), jnp.float32)
-  for node, rank in lowrank._paired(params, ranks).values():
+  for node, rank in lowrank.paired(params, ranks).values():
     lead, R = jnp.shape(rank), node["u"].shape[-1]
     n = len(lead)
     u, v = (
@@ -277,7 +278,7 @@ def _cut(parts: Mapping, ranks: Mapping[str, int], t: jax.Array) -> dict:
 def _matrices(params: Tree, layers: Layers, paths: Iterable[str]) -> dict:
   """Returns dense kernels as matrices [*lead, in, out]."""
   return {
-    path: lowrank._to_matrix(
+    path: lowrank.to_matrix(
       lowrank.get(params, path)[layers[path].weight], layers[path]
     )
     for path in paths
@@ -296,19 +297,22 @@ def _spectra(params: Tree, layers: Layers, paths: Iterable[str]) -> Spectra:
 BUDGETS = ("macs", "params")
 
 
-def parse_budget(budget: str) -> tuple[str, float]:
-  """Turns "macs:0.5" into ("macs", 0.5)."""
-  kind, _, text = budget.partition(":")
+def parse_budget(text: str) -> Budget:
+  """Reads "macs:0.5" or "params:0.5".
+
+  Raises:
+    ConfigError: it is no budget, or of another kind.
+  """
   try:
-    value = float(text)
-  except ValueError:
-    value = math.nan
-  if kind not in BUDGETS or not 0 < value <= 1:
+    budget = Budget.parse(text)
+  except BudgetError as error:
+    raise ConfigError(f"config.method.budget: {error}") from error
+  if budget.kind not in BUDGETS:
     raise ConfigError(
-      f'config.method.budget: {budget!r} is no budget; write "macs:0.5" or'
-      ' "params:0.5", a fraction in (0, 1] of the dense network'
+      f"config.method.budget: {text!r} is of another kind than {BUDGETS}, which"
+      " are known before training"
     )
-  return kind, value
+  return budget
 
 
 def _weight_cost(spec: LayerSpec, rank: int | None, kind: str) -> int:
@@ -316,7 +320,7 @@ def _weight_cost(spec: LayerSpec, rank: int | None, kind: str) -> int:
   if rank is not None and lowrank.dense_is_cheaper(spec.n_in, spec.n_out, rank):
     rank = None
   if kind == "macs":
-    return cost._macs(spec, rank)
+    return cost.layer_macs(spec, rank)
   numbers = spec.n_in * spec.n_out
   if rank is not None:
     numbers = rank * (spec.n_in + spec.n_out)
@@ -349,8 +353,8 @@ def fit_budget(
   Raises:
     ConfigError: even rank 1 in every layer costs more.
   """
-  kind, fraction = parse_budget(budget)
-  most = fraction * getattr(dense, kind)
+  bound = parse_budget(budget)
+  kind, most = bound.kind, bound.value * getattr(dense, bound.kind)
   profile, limits = (
     {path: np.asarray(x[path], np.int64) for path in profile}
     for x in (profile, limits)
@@ -655,9 +659,9 @@ class Pieces:
     changes = {}
     for path, matrix in _cut(parts, ranks, jnp.float32(t)).items():
       spec, node = self._layers[path], lowrank.get(params, path)
-      kernel = lowrank._to_kernel(matrix, spec).astype(node[spec.weight].dtype)
+      kernel = lowrank.to_kernel(matrix, spec).astype(node[spec.weight].dtype)
       changes[path] = dict(node) | {spec.weight: kernel}
-    return lowrank._replace(params, changes)
+    return lowrank.replace(params, changes)
 
   def stable_ranks(self, params: Tree) -> dict[str, float] | None:
     """Stable ranks of dense kernels; None if the method has no switch."""

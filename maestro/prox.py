@@ -107,15 +107,13 @@ def prox(
   nodes = lowrank.factored(lowrank.mask(params, ranks))
   flat = lowrank.flatten_ranks(ranks)
   norms = {  # [*lead, R]
-    (path, name): jnp.sqrt(
-      lowrank._squared_norms(nodes[path][name], name, rank)
-    )
+    (path, name): jnp.sqrt(lowrank.squared_norms(nodes[path][name], name, rank))
     for path, rank in flat.items()
     for name in ("u", "v")
   }
   R = max((n.shape[-1] for n in norms.values()), default=0)
   if R == 0:
-    return lowrank._replace(params, {})
+    return lowrank.replace(params, {})
   # One scan serves all factors: components of norm zero at the end of the
   # shorter ones change nothing.
   rows = [
@@ -132,10 +130,10 @@ def prox(
   for (path, name), n in norms.items():
     x, stop = nodes[path][name], start + math.prod(n.shape[:-1])
     scale = scales[start:stop, : n.shape[-1]].reshape(n.shape)
-    scale = jnp.expand_dims(scale, lowrank._component_axes(x, name, n.ndim - 1))
+    scale = jnp.expand_dims(scale, lowrank.component_axes(x, name, n.ndim - 1))
     changes[path][name] = (x * scale).astype(x.dtype)
     start = stop
-  return lowrank._replace(params, changes)
+  return lowrank.replace(params, changes)
 
 
 def exact_ranks(params: Tree, ranks: Tree | None = None) -> dict:
@@ -163,7 +161,7 @@ def exact_ranks(params: Tree, ranks: Tree | None = None) -> dict:
     counts = []
     for name in ("u", "v"):
       x = nodes[path][name]
-      axes = lowrank._component_axes(x, name, jnp.ndim(rank))
+      axes = lowrank.component_axes(x, name, jnp.ndim(rank))
       nonzero = jnp.any(x != 0, axis=axes)  # [*lead, R]
       last = jnp.arange(1, nonzero.shape[-1] + 1, dtype=jnp.int32)
       last = jnp.broadcast_to(last, nonzero.shape)
@@ -222,7 +220,7 @@ def proximal(
       changes[path] = dict(lowrank.get(updates, path)) | {
         name: to[name] - node[name] for name in ("u", "v")
       }
-    updates = lowrank._replace(updates, changes)
+    updates = lowrank.replace(updates, changes)
     return updates, ProximalState(optax.safe_increment(state.count))
 
   return optax.GradientTransformation(init, update)

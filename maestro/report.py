@@ -54,7 +54,7 @@ STYLE: dict[Any, Any] = {
   "ytick.color": "#555555",
   "ytick.labelsize": 8,
 }
-_INK = "#222222"
+INK, GREY = "#222222", "#a8adb3"
 COLOURS = (
   "#0072b2",
   "#d55e00",
@@ -70,7 +70,7 @@ COLOURS = (
   "#1b3a8c",
 )
 _STAGES = {
-  "start": "#a8adb3",
+  "start": GREY,
   "end of discover": "#0072b2",
   "final": "#d55e00",
 }
@@ -457,8 +457,8 @@ def _draw_ranks(records, results):
     _step_line(axes, epochs, shares, color=colour)
     ends.append((shares[-1], label, colour))
   if total is not None:
-    _step_line(axes, *total, color=_INK, linewidth=2.6)
-    ends.append((total[1][-1], "total", _INK))
+    _step_line(axes, *total, color=INK, linewidth=2.6)
+    ends.append((total[1][-1], "total", INK))
   axes.set(title=title, xlabel="epoch", ylabel="rank (% of full rank)")
   axes.set_ylim(0, 112)
   axes.set_yticks(range(0, 101, 20))
@@ -497,7 +497,7 @@ def _draw_rank_map(records, curves, total, title):
   bar.outline.set_visible(False)
   top.set_title(title)
   if total is not None:
-    _step_line(top, *total, color=_INK, linewidth=2.0)
+    _step_line(top, *total, color=INK, linewidth=2.0)
   top.set(ylabel="total (%)", ylim=(0, 125), yticks=(0, 50, 100))
   at = _boundary(records)
   if at is not None:

@@ -55,7 +55,7 @@ def _outputs(spec, y):
 
 
 def _matrix(spec, kernel):
-  return np.asarray(lowrank._to_matrix(kernel, spec), np.float64)
+  return np.asarray(lowrank.to_matrix(kernel, spec), np.float64)
 
 
 def _rows(case, batches, params, path=""):

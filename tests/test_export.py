@@ -101,7 +101,7 @@ def make_run(model, facts, section, tmp="run", seed=0):
     node["u"] = (u / np.sqrt(spec.n_in)).astype(np.float32)
     node["v"] = (v / np.sqrt(R)).astype(np.float32)
     changes[path] = node
-  params = lowrank._replace(variables["params"], changes)
+  params = lowrank.replace(variables["params"], changes)
   loss = "cross_entropy" if facts.num_classes else "squared_error"
   return build.Run(
     workdir=pathlib.Path(tmp),

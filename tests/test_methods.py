@@ -559,7 +559,10 @@ BAD = {
     r"config.method.trainable.*mean 'factors'",
   ),
   "budget": ({"name": "svd", "budget": "mac:0.5"}, "config.method.budget"),
-  "budget_value": ({"name": "svd", "budget": "macs:50"}, "in .0, 1. of"),
+  "budget_value": (
+    {"name": "svd", "budget": "macs:50"},
+    r"config.method.budget: .*must be in .0, 1.,",
+  ),
   "lam": ({"name": "trp", "lam": -1.0}, "config.method.lam: -1"),
   "project": (
     {"name": "trp", "project": {"evry_steps": 3}},

@@ -6,6 +6,7 @@ smaller in the arrays is also faster.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -183,7 +184,7 @@ def convolution(
     one = math.prod(window) == 1 and not any(map(any, padding))
     if min(pixels, default=0) > 0 and (few or one):
       return _product(
-        x, kernel, strides, padding, rhs_dilation, pixels, options["precision"]
+        x, kernel, strides, padding, rhs_dilation, options["precision"]
       )
   return lax.conv_general_dilated(
     x,
@@ -198,26 +199,56 @@ def convolution(
   )
 
 
-def _product(x, kernel, strides, padding, dilation, pixels, precision):
+def _product(x, kernel, strides, padding, dilation, precision):
   """Multiplies patches [b, *pixels, window in] with [window in, out]."""
-  window = kernel.shape[:-2]
-  zero = jnp.zeros((), x.dtype)
-  x = lax.pad(x, zero, [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
+  n = kernel.ndim - 2
+  x = unroll(x, kernel.shape[:n], strides, padding, (1,) * n, dilation)
+  kernel = kernel.reshape((math.prod(kernel.shape[:-1]), kernel.shape[-1]))
+  return jnp.dot(x, kernel, precision=precision)
+
+
+def unroll(
+  x: jax.Array,
+  window: Sequence[int],
+  strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+  input_dilation: Sequence[int],
+  kernel_dilation: Sequence[int],
+) -> jax.Array:
+  """Lays a convolution's windows side by side.
+
+    [b, *space, in] -> [b, *pixels, window * in], in the order of a kernel
+
+  By slices of the padded input, which copy exactly, where a convolution with an
+  identity may round. Sizes are one per spatial axis, as for
+  `lax.conv_general_dilated`.
+  """
+  spans = [
+    (k - 1) * d + 1 for k, d in zip(window, kernel_dilation, strict=True)
+  ]
+  space = [
+    (size - 1) * d + 1
+    for size, d in zip(x.shape[1:-1], input_dilation, strict=True)
+  ]
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(space, spans, strides, padding)
+  edges = [
+    (low, high, d - 1)
+    for (low, high), d in zip(padding, input_dilation, strict=True)
+  ]
+  x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
   patches = []
-  for offset in np.ndindex(window):
-    start = [o * d for o, d in zip(offset, dilation, strict=True)]
-    limit = [
-      a + (n - 1) * s + 1
-      for a, n, s in zip(start, pixels, strides, strict=True)
+  for offset in np.ndindex(*window):
+    start = [o * d for o, d in zip(offset, kernel_dilation, strict=True)]
+    stop = [
+      a + max(0, (size - span) // s + 1) * s - s + 1
+      for a, size, span, s in zip(
+        start, x.shape[1:-1], spans, strides, strict=True
+      )
     ]
     patches.append(
       lax.slice(
-        x,
-        (0, *start, 0),
-        (x.shape[0], *limit, x.shape[-1]),
-        (1, *strides, 1),
+        x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1)
       )
     )
-  x = lax.concatenate(patches, x.ndim - 1)
-  kernel = kernel.reshape((math.prod(kernel.shape[:-1]), kernel.shape[-1]))
-  return jnp.dot(x, kernel, precision=precision)
+  return lax.concatenate(patches, x.ndim - 1)
