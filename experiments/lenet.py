@@ -9,7 +9,6 @@ and can be interrupted; the same command goes on. The results files of finished
 runs are copied to experiments/results/lenet/, from which the table is made.
 """
 
-import concurrent.futures
 import pathlib
 import shutil
 
@@ -44,7 +43,6 @@ def _run(name: str, seed: int, smoke: bool) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / f"{name}_seed{seed}.json"
     shutil.copy(workdir / "results.json", target)
-  print(f"done: {workdir}", flush=True)
 
 
 def define_flags() -> None:
@@ -60,13 +58,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
   values = flags.FLAGS
   jobs = [(name, s) for s in range(values.seeds) for name in ROWS]
-  with concurrent.futures.ThreadPoolExecutor(values.jobs) as pool:
-    futures = [pool.submit(_run, *job, values.smoke) for job in jobs]
-    for done, future in enumerate(
-      concurrent.futures.as_completed(futures), start=1
-    ):
-      future.result()
-      print(f"{done} of {len(jobs)} runs", flush=True)
+  runs.run_all(_run, [(*job, values.smoke) for job in jobs], values.jobs)
   if not values.smoke:
     files = sorted(RESULTS.glob("*.json"))
     print(report.compare([report.load(file) for file in files]))

@@ -20,7 +20,6 @@ docs/images/lenet_comparison.png are made. Wall clocks compare only runs of one
 --jobs. Training MACs leave out decompositions.
 """
 
-import concurrent.futures
 import pathlib
 import runpy
 from collections.abc import Mapping, Sequence
@@ -207,16 +206,9 @@ def main(argv: list[str]) -> None:
   seeds = range(1 if smoke else values.seeds)
   chosen = rows(values.methods)
   jobs = [(*row, seed) for seed in seeds for row in chosen]
-  with concurrent.futures.ThreadPoolExecutor(values.jobs) as pool:
-    futures = {job: pool.submit(_run, *job, smoke) for job in jobs}
-    for done, future in enumerate(
-      concurrent.futures.as_completed(futures.values()), start=1
-    ):
-      future.result()
-      print(f"{done} of {len(jobs)} runs", flush=True)
-  results = {
-    row: [futures[*row, seed].result() for seed in seeds] for row in chosen
-  }
+  found = runs.run_all(_run, [(*job, smoke) for job in jobs], values.jobs)
+  by_job = dict(zip(jobs, found, strict=True))
+  results = {row: [by_job[*row, seed] for seed in seeds] for row in chosen}
   print(f"\n{table(results)}")
   if any(percent != 100 for _, percent in chosen):
     figure = RUNS / "lenet_comparison_smoke" / FIGURE.name if smoke else FIGURE

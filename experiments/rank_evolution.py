@@ -14,7 +14,6 @@ and the count of nested pairs are made: of two neighbouring lambdas, the larger
 should leave each layer no more components than the smaller.
 """
 
-import concurrent.futures
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -170,7 +169,6 @@ def _run(lam: str) -> dict[str, Any]:
     f"--config.discover.epochs={epochs}",
   ]
   runs.run(f"{CONFIG}:paper", workdir, overrides)
-  print(f"done: {workdir}", flush=True)
   return collect(workdir)
 
 
@@ -185,9 +183,8 @@ def main(argv: list[str]) -> None:
   """Runs what is missing, keeps the ranks, draws the figure."""
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
-  with concurrent.futures.ThreadPoolExecutor(flags.FLAGS.jobs) as pool:
-    lambdas = LAMBDAS[-2:] if flags.FLAGS.smoke else LAMBDAS
-    results = list(pool.map(_run, lambdas))
+  lambdas = LAMBDAS[-2:] if flags.FLAGS.smoke else LAMBDAS
+  results = runs.run_all(_run, [(lam,) for lam in lambdas], flags.FLAGS.jobs)
   smoke = RUNS / "rank_evolution_smoke"
   figure = smoke / FIGURE.name if flags.FLAGS.smoke else FIGURE
   if not flags.FLAGS.smoke:

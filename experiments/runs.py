@@ -1,12 +1,14 @@
 """Runs trainings in processes of their own, and writes results files."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from maestro.errors import UserError
@@ -37,6 +39,35 @@ def run(
     code = subprocess.run(command, stdout=log, stderr=log).returncode
   if code:
     raise RunError(f"{workdir} ended with code {code}; see its log.txt")
+
+
+def run_all(
+  function: Callable[..., Any], jobs: Sequence[tuple], at_a_time: int
+) -> list[Any]:
+  """Calls function(*job) for all jobs in threads; says how far it is.
+
+  Returns:
+    The results, in the order of the jobs.
+
+  Raises:
+    RunError: of the first job that failed; those that run are waited for, the
+      others are not begun.
+  """
+  started = time.monotonic()
+  with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
+    futures = [pool.submit(function, *job) for job in jobs]
+    try:
+      for done, future in enumerate(
+        concurrent.futures.as_completed(futures), start=1
+      ):
+        future.result()
+        seconds = (time.monotonic() - started) * (len(jobs) - done) / done
+        left = f"  eta {round(seconds / 60)} min" if done < len(jobs) else ""
+        print(f"{done} of {len(jobs)} runs{left}", flush=True)
+    except BaseException:
+      pool.shutdown(wait=True, cancel_futures=True)
+      raise
+  return [future.result() for future in futures]
 
 
 def write_results(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
