@@ -35,7 +35,6 @@ class Writer:
     path = workdir / FILE
     _drop_after(path, resume_step)
     self._total = total_steps
-    self._resume = resume_step
     self._file = path.open("a", encoding="utf-8")
     # Events are named by the second and opened for overwriting: the suffix
     # keeps two quick attempts apart. `purge_step` hides what is at or after it.
@@ -46,6 +45,7 @@ class Writer:
       filename_suffix=f".{os.getpid()}.{resume_step}",
     )
     self._started = time.monotonic()
+    self._first: tuple[int, float] | None = None  # step, time of first report
     self._line = ""  # the latest progress line
     self._printed = True  # whether it reached stdout (without a terminal)
     self._printed_at = -math.inf
@@ -99,10 +99,14 @@ class Writer:
     if examples_per_second is not None:
       parts.append(f"{examples_per_second:,.0f} examples/s")
     parts.append(f"elapsed {_duration(elapsed)}")
-    # Steps before `resume_step` took none of this attempt's time.
-    if step > self._resume:
-      left = elapsed * (self._total - step) / (step - self._resume)
-      parts.append(f"eta {_duration(max(left, 0.0))}")
+    # Before the first report there was compilation, which says nothing of what
+    # is left.
+    if self._first is None:
+      self._first = step, elapsed
+    elif step > self._first[0]:
+      pace = (elapsed - self._first[1]) / (step - self._first[0])
+      left = max(pace * (self._total - step), 0.0)
+      parts.append(f"eta {_duration(left)}")
     self._line = "  ".join(p for p in parts if p).replace("\n", " ")
     self._printed = False
     if sys.stdout.isatty():

@@ -252,6 +252,19 @@ def test_eta_counts_from_the_resumed_step(tmp_path, capsys, clock):
   assert second.endswith("elapsed 20s  eta 1m20s")
 
 
+def test_eta_leaves_out_what_came_before_the_first_report(
+  tmp_path, capsys, clock
+):
+  with metrics.Writer(tmp_path, total_steps=102) as writer:
+    clock.now += 300  # compiles
+    writer.progress(2, "")
+    clock.now += 10
+    writer.progress(12, "")
+  first, second = capsys.readouterr().out.splitlines()
+  assert "eta" not in first
+  assert second.endswith("elapsed 5m10s  eta 1m30s")
+
+
 @pytest.mark.parametrize(
   ("seconds", "text"),
   [
