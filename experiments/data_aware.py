@@ -176,7 +176,7 @@ def draw(found: Mapping[str, Errors]) -> matplotlib.figure.Figure:
         matplotlib.ticker.MaxNLocator(5, integer=True)
       )
     for axes in grid[:, 0]:
-      axes.set_ylabel("relative error of outputs²")
+      axes.set_ylabel("relative squared error")
     for axes in grid.flat[len(paths) :]:
       axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
