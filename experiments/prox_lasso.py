@@ -7,9 +7,10 @@
 Trains LeNet by the methods maestro (lasso in the loss, importances below a
 threshold are dropped) and prox (an exact step, zeros are counted) at the same
 three lambdas, three seeds each, on the recipe of `experiments.lenet_comparison`
-without a budget. For every point of the lasso, the parameters that the proximal
-step needs for the same test accuracy are read off its curve: means over seeds,
-straight lines in the logarithm of the parameters.
+without a budget, with that config's threshold, 1e-5. For every point of the
+lasso, the parameters that the proximal step needs for the same test accuracy
+are read off its curve: means over seeds, straight lines in the logarithm of the
+parameters.
 
 Runs go through `python -m maestro.main` into runs/experiments/prox_lasso/ and
 can be interrupted; the same command goes on. Results files are kept in

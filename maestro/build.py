@@ -206,8 +206,12 @@ def open_run(workdir: str | os.PathLike, which: str = "final") -> Run:
   steps = checkpoint.list_steps(directory)
   step = max(steps, default=None)
   if which == "discover":
-    step = c.discover.epochs * (facts.train_examples // c.batch_size)
-    if step not in steps or not c.discover.epochs:
+    epochs = c.discover.epochs
+    if step is not None:  # a method may have ended it early
+      ledger = checkpoint.load_params(directory, step)[3].get("ledger", {})
+      epochs = ledger.get("discover_epochs", epochs)
+    step = epochs * (facts.train_examples // c.batch_size)
+    if step not in steps or not epochs:
       raise UserError(
         f"{directory} has no checkpoint of the end of discover (step {step});"
         f" there are {steps}. Train on, or use --checkpoint=final"

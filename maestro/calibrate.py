@@ -24,8 +24,9 @@ from maestro.errors import UserError
 from maestro.lowrank import LayerSpec, Rule, Tree
 
 # Weight, relative to the mean eigenvalue of C, of directions that no input has:
-# those are ordered as the plain SVD would, instead of at random.
-_RIDGE = 1e-9
+# those are ordered as the plain SVD would, instead of at random. Above the
+# rounding of moments in float32.
+_RIDGE = 1e-6
 
 
 class CalibrationError(UserError):

@@ -12,6 +12,7 @@ the devices that wrote it), and small states save in half the time.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -47,6 +48,17 @@ def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
 absl.logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
 
 
+@dataclasses.dataclass
+class _KeptSteps:
+  """An orbax preservation policy: what `owner.keep_steps` is at a save."""
+
+  owner: "Checkpoints"
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    return [c.step in self.owner.keep_steps for c in checkpoints]
+
+
 class Checkpoints:
   """Keep the newest checkpoints of one run; a context manager.
 
@@ -58,6 +70,9 @@ class Checkpoints:
     keep: how many of the newest steps to keep.
     keep_steps: steps to keep always.
 
+  Attributes:
+    keep_steps: may be set anew; holds from the next save on.
+
   Raises:
     CheckpointError: the directory cannot be made or read.
   """
@@ -68,9 +83,10 @@ class Checkpoints:
     if keep < 1:
       raise CheckpointError(f"keep must be at least 1, got {keep}")
     self.directory = pathlib.Path(directory).absolute()
+    self.keep_steps = frozenset(keep_steps)
     policies = ocp.training.preservation_policies
     self._preservation = policies.AnyPreservationPolicy(
-      [policies.LatestN(keep), policies.CustomSteps(list(keep_steps))]
+      [policies.LatestN(keep), _KeptSteps(self)]
     )
     self._context = ocp.Context()
     # Else a save that fails early leaves a thread that waits for 20 minutes.

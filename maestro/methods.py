@@ -27,22 +27,24 @@ class Method:
       "start"; "settle", at the start of the settle phase, with a fresh
       optimizer; "end", after the last step; None is never.
     decomposer: how, see `pieces.DECOMPOSERS`.
-    ranks: at which ranks, see `pieces.RANK_RULES`; at most those of the rules.
+    ranks: at which ranks, see `pieces.RANK_RULES`, rounded up; at most those
+      of the rules.
     budget: "macs:0.5" or "params:0.5" scales all ranks by one factor, to the
       largest ones at which the final network costs at most this fraction of
       the dense one, see `pieces.fit_budget`. Applies at decomposition; where
-      ranks are sampled or shrunk, at the end of that: on entering settle, else
-      after the last step.
+      that is at the start, and ranks are sampled or shrunk, at the end of
+      discover.
     sampler: of ranks in each step, see `sampling.SAMPLERS`; {"name": "phase"}
       is config.discover.sampler and config.settle.sampler; None samples none.
     shrink: how ranks are lowered after each epoch of a phase with `shrink`,
       see `pieces.SHRINKERS`; None never.
     penalty: what is added to the loss, see `pieces.PENALTIES`.
     proximal: takes the group lasso as an exact step of the optimizer, see
-      `maestro.prox`, instead of in the loss. Behind SGD with momentum mu, the
-      step has the weight lam / (1 - mu), so that lam means the same in both.
+      `maestro.prox`, instead of in the loss.
     lam: weight of the penalty (and of the projection's) in both phases; None
-      is config.discover.lam and config.settle.lam.
+      is config.discover.lam and config.settle.lam. Where it is a step after the
+      optimizer's, with momentum mu, that has the weight lam / (1 - mu), so that
+      lam means the same as in the loss.
     project: every so many steps, dense kernels are cut to the ranks that
       `ranks` and `budget` give then, see `pieces.Projection`; None is off.
     switch: ends discover early, see `pieces.SWITCHES`; settle is longer by as
@@ -66,9 +68,10 @@ class Method:
   trainable: str = "all"
 
   @property
-  def discovers(self) -> bool:
-    """True if training itself decides which components matter."""
-    return self.sampler is not None or self.shrink is not None
+  def fits_later(self) -> bool:
+    """True if ranks are sampled or shrunk before the budget applies."""
+    found = self.sampler is not None or self.shrink is not None
+    return found and self.decompose == "start"
 
 
 SVD = {"name": "svd"}
@@ -108,7 +111,8 @@ METHODS: dict[str, Method] = {
     # the rank. Which layers stay dense is config.rules: see resnet_od.py.
     Method("pufferfish", decompose="settle", ranks=QUARTER),
     # Wang et al., MLSys 2023: the warm-up ends, and ranks are what they are,
-    # when stable ranks settle; Frobenius decay on the products from then on.
+    # when stable ranks settle; Frobenius decay on the products from then on,
+    # instead of config.optimizer.weight_decay: set that to 0.
     Method(
       "cuttlefish",
       decompose="settle",
@@ -117,8 +121,10 @@ METHODS: dict[str, Method] = {
       penalty="frobenius",
       lam=1e-4,
     ),
-    # A uniform rank from scratch.
-    Method("fixed", decompose="start", ranks=QUARTER),
+    # A uniform rank from scratch: two layers, as one would write them by hand.
+    Method(
+      "fixed", decompose="start", decomposer={"name": "random"}, ranks=QUARTER
+    ),
     # Khodak et al., ICLR 2021: spectral initialisation and Frobenius decay.
     # Set config.optimizer.weight_decay to 0, as the decay replaces it.
     Method(

@@ -154,8 +154,9 @@ def freeze_base(
 ) -> optax.GradientTransformation:
   """Updates the factors of a tree that has any, and nothing else.
 
-  Frozen parameters stay as they are, bit for bit, decay included; norms of
-  gradients are those of the factors. A tree without factors is updated whole.
+  Frozen parameters stay as they are, bit for bit, decay included; gradients are
+  clipped by the norm of the factors' own. A tree without factors is updated
+  whole.
   """
 
   def labels(params):

@@ -9,7 +9,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -53,6 +53,26 @@ def data(
   return calibrate.decompose(params, rules, layers, moments(examples))
 
 
+def random(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
+  """Forgets the kernel: normal u and v, whose product has its mean square.
+
+  E (u @ v)_ij^2 = mean(K^2),   E u_ik^2 = E v_kj^2
+  """
+  del moments
+  changes = {}
+  for path, rank, key_u, key_v in _selected(rules, layers, key):
+    spec, node = layers[path], lowrank.get(params, path)
+    kernel = node[spec.weight]
+    square = jnp.mean(kernel.astype(jnp.float32) ** 2)
+    scale = ((square / max(rank, 1)) ** 0.25).astype(kernel.dtype)
+    shape_u, shape_v = _factor_shapes(spec, rank)
+    changes[path] = {k: x for k, x in node.items() if k != spec.weight} | {
+      "u": scale * jax.random.normal(key_u, shape_u, kernel.dtype),
+      "v": scale * jax.random.normal(key_v, shape_v, kernel.dtype),
+    }
+  return lowrank.replace(params, changes)
+
+
 def adapter(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
   """Keeps the kernel and adds factors: u random, v zero (Hu et al., 2022).
 
@@ -62,31 +82,45 @@ def adapter(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
   """
   del moments
   changes = {}
-  chosen = lowrank.resolve(rules, layers)
-  for i, (path, rank) in enumerate(chosen.items()):
-    if rank is None:
-      continue
+  for path, rank, key_u, _ in _selected(rules, layers, key):
     spec, node = layers[path], lowrank.get(params, path)
     dtype = node[spec.weight].dtype
-    u = jax.random.normal(
-      jax.random.fold_in(key, i), (*spec.lead, *spec.inputs, rank), dtype
-    )
+    shape_u, shape_v = _factor_shapes(spec, rank)
+    u = jax.random.normal(key_u, shape_u, dtype)
     changes[path] = dict(node) | {
       "u": u / math.sqrt(spec.n_in),
-      "v": jnp.zeros((*spec.lead, rank, *spec.outputs), dtype),
+      "v": jnp.zeros(shape_v, dtype),
     }
   return lowrank.replace(params, changes)
 
 
-DECOMPOSERS = {"svd": svd, "data": data, "adapter": adapter}
+def _selected(rules, layers: Layers, key: jax.Array) -> Iterator[tuple]:
+  """Yields (path, rank, a key for u, one for v) of the layers to decompose."""
+  for i, (path, rank) in enumerate(lowrank.resolve(rules, layers).items()):
+    if rank is not None:
+      yield path, rank, *jax.random.split(jax.random.fold_in(key, i))
+
+
+def _factor_shapes(spec: LayerSpec, rank: int) -> tuple[tuple, tuple]:
+  return (
+    (*spec.lead, *spec.inputs, rank),
+    (*spec.lead, rank, *spec.outputs),
+  )
+
+
+DECOMPOSERS = {"svd": svd, "data": data, "random": random, "adapter": adapter}
 _SUPPLIED = ("params", "rules", "layers", "moments", "key")
 
 # ---------------------------------------------------------------------------
-# Rank rules: (spectra, full ranks, spectra at the start, options) -> ranks
+# Rank rules: (now, limits, initial, options) -> {path: real number}
+#
+# now() and initial() give the spectra of the kernels and of those that training
+# started from, at random; limits are the largest ranks. What a rule returns is
+# rounded up, or, with a budget, scaled to it and then rounded.
 # ---------------------------------------------------------------------------
 
 
-def full(now: Spectra, limits: Mapping[str, int], initial) -> dict[str, int]:
+def full(now, limits: Mapping[str, int], initial) -> dict[str, int]:
   """Keeps the ranks that config.rules give, by default the full ones."""
   del now, initial
   return dict(limits)
@@ -94,15 +128,15 @@ def full(now: Spectra, limits: Mapping[str, int], initial) -> dict[str, int]:
 
 def fraction(
   now, limits: Mapping[str, int], initial, *, fraction: float
-) -> dict[str, int]:
-  """Keeps ceil(fraction * rank) components of every layer."""
+) -> dict[str, Fraction]:
+  """Keeps a fraction of every layer's components."""
   del now, initial
   if not 0 < fraction <= 1:
     raise ConfigError(
       f"config.method.ranks.fraction: {fraction} is outside (0, 1]"
     )
   ratio = Fraction(fraction).limit_denominator(1024)
-  return {path: math.ceil(ratio * rank) for path, rank in limits.items()}
+  return {path: ratio * rank for path, rank in limits.items()}
 
 
 def constant(
@@ -143,19 +177,19 @@ def stable_rank(
   now: Callable[[], Spectra],
   limits: Mapping[str, int],
   initial: Callable[[], Spectra],
-) -> dict[str, int]:
+) -> dict[str, float]:
   """Scales stable ranks such that the random start has its full rank.
 
-    r = ceil( full rank * stable(K) / stable(K at the start) )
+    r = full rank * stable(K) / stable(K at the start)
 
   The scaled stable rank of Cuttlefish (Wang et al., MLSys 2023). Rounding, and
-  the bound by config.rules, are ours.
+  the bounds by 1 and by config.rules, are ours.
   """
   start, ranks = stable_ranks(initial()), {}
   for path, value in stable_ranks(now()).items():
     size = now()[path].shape[-1]
     scaled = size * value / start[path] if start[path] else 0.0
-    ranks[path] = min(max(math.ceil(scaled), 1), limits[path])
+    ranks[path] = min(max(scaled, 1.0), limits[path])
   return ranks
 
 
@@ -179,7 +213,7 @@ RANK_RULES = {
 }
 
 # ---------------------------------------------------------------------------
-# Penalties: (params, ranks, config.lasso) -> scalar
+# Penalties: (params, ranks, kind) -> scalar; kind is config.lasso
 # ---------------------------------------------------------------------------
 
 
@@ -212,7 +246,7 @@ def frobenius(params: Tree, ranks: Tree, kind: str = "") -> jax.Array:
 PENALTIES = {"group_lasso": lowrank.group_lasso, "frobenius": frobenius}
 
 # ---------------------------------------------------------------------------
-# Shrinking: (params, ranks, config.threshold) -> ranks
+# Shrinking: (params, ranks, threshold) -> ranks; threshold is config.threshold
 # ---------------------------------------------------------------------------
 
 
@@ -225,7 +259,7 @@ def zeros(params: Tree, ranks: Tree, threshold: float) -> dict:
 SHRINKERS = {"threshold": lowrank.shrink, "zeros": zeros}
 
 # ---------------------------------------------------------------------------
-# Switches: (stable ranks of the last epoch and of this one, options) -> bool
+# Switches: (before, now, options) -> bool, of an epoch's stable ranks
 # ---------------------------------------------------------------------------
 
 
@@ -241,6 +275,10 @@ def settled(
   stable ranks is small. Differences of one epoch, and of plain stable ranks
   rather than scaled ones, are ours.
   """
+  if not tolerance >= 0:
+    raise ConfigError(
+      f"config.method.switch.tolerance: {tolerance} is not >= 0"
+    )
   return bool(before) and all(
     abs(now[path] - before[path]) <= tolerance for path in now
   )
@@ -344,7 +382,7 @@ def fit_budget(
   network, `lowrank.extract`.
 
   Args:
-    profile: {path: rank, or ranks [*lead]} to scale.
+    profile: {path: real number, or array of them [*lead]} to scale.
     limits: the largest ranks possible, likewise.
     layers: from `maestro.layers`.
     budget: "macs:0.5" or "params:0.5".
@@ -355,13 +393,12 @@ def fit_budget(
   """
   bound = parse_budget(budget)
   kind, most = bound.kind, bound.value * getattr(dense, bound.kind)
-  profile, limits = (
-    {path: np.asarray(x[path], np.int64) for path in profile}
-    for x in (profile, limits)
-  )
+  exact = np.vectorize(Fraction, otypes=[object])
+  profile = {path: exact(x) for path, x in profile.items()}
+  limits = {path: np.asarray(limits[path], np.int64) for path in profile}
 
   def at(path: str, f: Fraction) -> np.ndarray:
-    r = profile[path] * f.numerator // f.denominator
+    r = np.asarray(profile[path] * f // 1, np.int64)
     return np.where(profile[path] > 0, np.clip(r, 1, limits[path]), 0)
 
   def spent_on(path: str, ranks: np.ndarray | None) -> int:
@@ -378,7 +415,7 @@ def fit_budget(
       " layer costs; raise it, or let config.rules select more layers"
     )
   rises = {
-    (Fraction(j, int(r)), path)
+    (j / r, path)
     for path in profile
     for r, limit in np.broadcast(profile[path], limits[path])
     for j in range(2, int(limit) + 1)
@@ -429,19 +466,30 @@ def check(c: Config) -> None:
   _known(m.penalty, PENALTIES, "config.method.penalty")
   _known(m.trainable, ("all", "factors"), "config.method.trainable")
   _decomposer(m)
+  if m.decomposer.get("examples", 1) < 1:
+    raise ConfigError("config.method.decomposer.examples: below 1")
   if m.decompose is not None:
     rule = _rank_rule(m)
     rule(lambda: {}, {}, lambda: {})  # a wrong value shows now
   if m.budget is not None:
     parse_budget(m.budget)
+    if m.decompose is None or m.decomposer["name"] == "adapter":
+      raise ConfigError(
+        "config.method.budget: this method ends with dense kernels, so that it"
+        " cannot meet one; remove it"
+      )
   if m.lam is not None and not 0 <= m.lam < math.inf:
     raise ConfigError(f"config.method.lam: {m.lam} is no finite weight >= 0")
   if m.proximal and m.penalty != "group_lasso":
     raise ConfigError(
       'config.method.proximal: only penalty="group_lasso" has an exact step'
     )
+  if (m.proximal or m.project is not None) and not 0 <= _momentum(c) < 1:
+    raise ConfigError(
+      f"config.optimizer.momentum: {_momentum(c)} is outside [0, 1)"
+    )
   if m.switch is not None:
-    _switch(m)
+    _switch(m)({}, {})
   if m.project is not None:
     bind(_projection_options, m.project, "config.method.project")
     if _projection_options(**m.project) < 1:
@@ -450,6 +498,41 @@ def check(c: Config) -> None:
     raise ConfigError(
       "config.settle.epochs: 0, but config.method decomposes at the start of"
       ' settle; raise it, or set config.method.decompose to "end"'
+    )
+  _check_times(m)
+
+
+def _check_times(m: Method) -> None:
+  """Refuses pieces that would do nothing, as kernels are factors or are not."""
+  of_factors = {
+    "sampler": m.sampler is not None,
+    "shrink": m.shrink is not None,
+    "penalty": m.penalty is not None,
+    "trainable": m.trainable == "factors",
+  }
+  of_kernels = {
+    "switch": m.switch is not None,
+    "project": m.project is not None,
+  }
+  if m.decompose in (None, "end"):
+    for key in (key for key, used in of_factors.items() if used):
+      raise ConfigError(
+        f"config.method.{key}: would do nothing, as no layer has factors while"
+        f" it trains; set config.method.decompose (now {m.decompose!r}) to"
+        ' "start" or "settle"'
+      )
+  if m.decompose in (None, "start"):
+    for key in (key for key, used in of_kernels.items() if used):
+      raise ConfigError(
+        f"config.method.{key}: would do nothing, as it looks at dense kernels"
+        f" that become factors; set config.method.decompose (now"
+        f' {m.decompose!r}) to "settle" or "end"'
+      )
+  options = sorted(set(m.sampler or ()) - {"name"})
+  if options and m.sampler["name"] == "phase":
+    raise ConfigError(
+      f"config.method.sampler.{options[0]}: 'phase' has no options; set"
+      " config.discover.sampler and config.settle.sampler"
     )
 
 
@@ -491,12 +574,32 @@ def weight(c: Config, phase: str) -> float:
   return getattr(c, phase).lam if lam is None else lam
 
 
+def step_weight(c: Config, phase: str) -> float:
+  """Returns the weight of a penalty that is a step after the optimizer's.
+
+  Momentum mu multiplies what gradients do by 1 / (1 - mu), so that lam means
+  the same there as in the loss.
+  """
+  return weight(c, phase) / (1 - _momentum(c))
+
+
+def _momentum(c: Config) -> float:
+  return c.optimizer.get("momentum") or 0.0
+
+
 def make_penalty(c: Config) -> Callable[[Tree, Tree], jax.Array] | None:
-  """Returns penalty(params, ranks) for the loss; None without one."""
+  """Returns penalty(params, ranks) for the loss; None without one there."""
   m = c.pieces
   if m.penalty is None or m.proximal:
     return None
   return functools.partial(PENALTIES[m.penalty], kind=c.lasso)
+
+
+def make_step_penalty(c: Config) -> Callable[[Tree, Tree], jax.Array] | None:
+  """Returns penalty(params, ranks) of the proximal step; None without one."""
+  if not c.pieces.proximal:
+    return None
+  return jax.jit(functools.partial(lowrank.group_lasso, kind=c.lasso))
 
 
 def make_shrink(c: Config) -> Callable[[Tree, Tree], Tree] | None:
@@ -527,9 +630,7 @@ def make_optimizer(
   """
   tx, m = optim.make(c.optimizer, schedule), c.pieces
   if m.proximal:
-    # Momentum mu multiplies what the task's gradients do by 1 / (1 - mu).
-    scale = 1 / (1 - (c.optimizer.get("momentum") or 0.0))
-    lams = [scale * weight(c, phase) for phase in ("discover", "settle")]
+    lams = [step_weight(c, phase) for phase in ("discover", "settle")]
     lam = optax.join_schedules(
       [optax.constant_schedule(x) for x in lams], [discover_steps]
     )
@@ -552,7 +653,7 @@ class Pieces:
     dataset: whose training examples a decomposer may see.
     layers: of the model.
     dense: cost of the dense network.
-    initial: returns the dense parameters that training starts from.
+    initial: returns the random dense parameters of the run's seed.
 
   Attributes:
     limits: {path: largest rank} of the layers that config.rules select; {} if
@@ -573,6 +674,8 @@ class Pieces:
     rules = parse_rules(c.rules) if c.pieces.decompose else []
     chosen = lowrank.resolve(rules, layers)
     self.limits = {path: r for path, r in chosen.items() if r is not None}
+    if self._m.budget is not None:  # one that cannot be met shows now
+      self._fit(dict.fromkeys(self.limits, 1), dict.fromkeys(self.limits, 1))
 
   def choose_ranks(self, params: Tree) -> dict[str, int]:
     """Applies the rank rule, and the budget, to dense parameters."""
@@ -581,11 +684,18 @@ class Pieces:
 
   def _choose(self, now: Callable[[], Spectra]) -> dict[str, int]:
     m = self._m
-    ranks = _rank_rule(m)(now, self.limits, self._initial_spectra)
-    if m.budget is None or m.discovers:
-      return ranks
-    fitted = fit_budget(ranks, self.limits, self._layers, m.budget, self._dense)
-    return {path: int(r) for path, r in fitted.items()}
+    profile = _rank_rule(m)(now, self.limits, self._initial_spectra)
+    if m.budget is None or m.fits_later:
+      return {
+        path: min(max(math.ceil(r), 1), self.limits[path])
+        for path, r in profile.items()
+      }
+    return {path: int(r) for path, r in self._fit(profile, self.limits).items()}
+
+  def _fit(self, profile: Mapping, limits: Mapping) -> dict[str, np.ndarray]:
+    return fit_budget(
+      profile, limits, self._layers, self._m.budget, self._dense
+    )
 
   @functools.cached_property
   def _initial_values(self) -> Spectra:
@@ -625,12 +735,14 @@ class Pieces:
 
   def fit(self, ranks: Tree) -> Tree:
     """Lowers discovered ranks to the budget; without one, leaves them."""
-    if self._m.budget is None or not self._m.discovers:
+    if self._m.budget is None or not self._m.fits_later or not ranks:
       return ranks
     flat = lowrank.flatten_ranks(jax.device_get(ranks))
-    fitted = fit_budget(flat, flat, self._layers, self._m.budget, self._dense)
     return lowrank.unflatten_ranks(
-      {path: jnp.asarray(r, jnp.int32) for path, r in fitted.items()}
+      {
+        path: jnp.asarray(r, jnp.int32)
+        for path, r in self._fit(flat, flat).items()
+      }
     )
 
   @property
@@ -688,5 +800,7 @@ __all__ = [
   "make_penalty",
   "make_sampler",
   "make_shrink",
+  "make_step_penalty",
+  "step_weight",
   "weight",
 ]

@@ -112,6 +112,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   parse_rules(c.rules)
   samplers = {p: pieces.make_sampler(c, p) for p in ("discover", "settle")}
   penalty, shrink = pieces.make_penalty(c), pieces.make_shrink(c)
+  step_penalty = pieces.make_step_penalty(c)
   _optimizer(c, c.discover.epochs, steps_per_epoch=1000)
   finished = workdir_lib.finished_results(workdir, config)
   if finished is not None:
@@ -131,7 +132,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   dense_cost = cost.count_cost(layers, _dense_params(model, example)["params"])
   initial = functools.partial(_initial, c, model, layers, example)
   method = pieces.Pieces(
-    c, model, dataset, layers, dense_cost, lambda: initial()[0]
+    c, model, dataset, layers, dense_cost, lambda: _random(c, model, example)[0]
   )
   optimizer = functools.cache(
     lambda epochs: _optimizer(c, epochs, steps_per_epoch, layers)
@@ -167,7 +168,6 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     checkpoint.Checkpoints(
       workdir / "checkpoints",
       keep=c.checkpoint.keep,
-      keep_steps=[c.discover.epochs * steps_per_epoch],
     ) as checkpoints,
     _sigterm() as stop_asked,
   ):
@@ -192,9 +192,12 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         state = decompose(state)
     else:
       state, extra = _restore(checkpoints, new_state)
-      ledger = Ledger(**extra["ledger"])
+      # A run of before methods could end discover early says no length.
+      known = {"discover_epochs": c.discover.epochs}
+      ledger = Ledger(**(known | extra["ledger"]))
       schedule, tx = optimizer(ledger.discover_epochs)
       print(f"{workdir}: resuming from step {first_step} of {total_steps}")
+    checkpoints.keep_steps = {ledger.discover_epochs * steps_per_epoch}
     if state.ranks:
       nn.check_ranks(model, _variables(state), state.ranks, example)
     state = replicate(state, mesh)
@@ -260,7 +263,8 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           step += n
           if project_every and step % project_every == 0 and not state.ranks:
             t = project_every * float(schedule(step - 1))
-            params = method.project(state.params, t * pieces.weight(c, name))
+            t *= pieces.step_weight(c, name)
+            params = method.project(state.params, t)
             state = state.replace(params=replicate(params, mesh))
           # The host reads one dispatch late, so that the device never waits.
           if previous is not None:
@@ -304,6 +308,9 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
 
         # --- Epoch end: shrink, perhaps cut, perhaps change the phase ---------
         record = _means(state.metrics)
+        if step_penalty is not None:  # no loss has it; at the epoch's end
+          value = float(step_penalty(state.params, state.ranks))
+          record["train/penalty"] = pieces.weight(c, name) * value
         _check_finite_window(record, step, checkpoints)
         state = state.replace(metrics=replicate(zero_metrics(c.loss), mesh))
         rate = {"learning_rate": float(schedule(step - 1))}
@@ -318,12 +325,13 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
             if not last and method.switches(ledger.stable_ranks, stable):
               ledger.discover_epochs = epoch + 1
               schedule, tx = optimizer(ledger.discover_epochs)
+              checkpoints.keep_steps = {step}
               writer.message(f"discover ends after epoch {epoch + 1}")
             ledger.stable_ranks = stable
         end_of_discover = epoch + 1 == ledger.discover_epochs
         if end_of_discover and state.ranks:
           _write_spectra(workdir, "end of discover", state)
-        for alarm in _alarms(c, ledger, state, end_of_discover):
+        for alarm in _alarms(c, ledger, layers, state, end_of_discover):
           if alarm not in ledger.alarms:
             ledger.alarms.append(alarm)
             writer.message(f"alarm: {alarm}")
@@ -453,13 +461,18 @@ def _optimizer(c: Config, discover_epochs: int, steps_per_epoch: int, *layers):
   return schedule, pieces.make_optimizer(c, schedule, end, *layers)
 
 
+def _random(c: Config, model: Any, example):
+  """Returns random dense params, and batch_stats, of the run's seed."""
+  key, _ = jax.random.split(jax.random.key(c.seed))
+  inputs = jnp.zeros(example.shape, example.dtype)
+  variables = jax.jit(model.init)(key, inputs)
+  return variables["params"], variables.get("batch_stats", {})
+
+
 def _initial(c: Config, model: Any, layers, example):
   """Returns dense params, and batch_stats, to start from."""
-  key, _ = jax.random.split(jax.random.key(c.seed))
   if c.init_from is None:
-    inputs = jnp.zeros(example.shape, example.dtype)
-    variables = jax.jit(model.init)(key, inputs)
-    params, stats = variables["params"], variables.get("batch_stats", {})
+    params, stats = _random(c, model, example)
   else:
     source = pathlib.Path(c.init_from)
     if not (source / "checkpoints").is_dir():
@@ -705,16 +718,18 @@ def _plain_ranks(ranks: Any) -> dict[str, Any]:
 
 
 def _alarms(
-  c: Config, ledger: Ledger, state: TrainState, end_of_discover: bool
+  c: Config, ledger: Ledger, layers, state: TrainState, end_of_discover: bool
 ) -> Iterator[str]:
   """Says what a user should not find out by accident."""
+  key = "config.discover.lam" if c.pieces.lam is None else "config.method.lam"
+  lam = f"{key} (now {pieces.weight(c, 'discover'):g})"
   flat = lowrank.flatten_ranks(jax.device_get(state.ranks))
   for path, rank in flat.items():
-    if not np.all(rank):
+    has_kernel = layers[path].weight in lowrank.get(state.params, path)
+    if not np.all(rank) and not has_kernel:
       yield (
         f"layer {path} has died: it has rank 0 and outputs its bias alone."
-        f" Lower config.discover.lam (now {c.discover.lam:g}), or keep the"
-        " layer dense by a rule with decompose=False"
+        f" Lower {lam}, or keep the layer dense by a rule with decompose=False"
       )
   if end_of_discover and flat and c.discover.shrink and c.pieces.shrink:
     start = ledger.ranks
@@ -723,8 +738,7 @@ def _alarms(
       least = min(float(np.min(x)) for x in jax.device_get(scores).values())
       text = (
         "no rank has moved while discovering: the least important component"
-        f" scores {least:.1e}. Raise config.discover.lam (now"
-        f" {c.discover.lam:g}) or config.discover.epochs"
+        f" scores {least:.1e}. Raise {lam} or config.discover.epochs"
       )
       if c.pieces.shrink == "threshold":
         text += (

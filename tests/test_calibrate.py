@@ -409,3 +409,20 @@ def test_bad_batches_are_named(cases):
   layers = case.layers | {"other": case.layers["first"]}
   with pytest.raises(CalibrationError, match=r"layers \['other'\]: no inputs"):
     calibrate.second_moments(case.model, variables, [case.x], layers)
+
+
+def test_what_no_input_has_is_ordered_as_by_the_svd():
+  """Inputs in half of all directions; moments rounded to float32."""
+  rng = np.random.default_rng(0)
+  q = np.linalg.qr(rng.standard_normal((12, 12)))[0]
+  x = (rng.standard_normal((500, 6)) @ q[:6]).astype(np.float32)
+  unseen = np.array([32.0, 16.0, 8.0, 4.0, 2.0, 1.0])
+  kernel = np.concatenate([q[:6].T, q[6:].T * unseen], axis=1)  # [12, 12]
+  model = maestro.nn.Dense(12, use_bias=False)
+  layers = maestro.nn.layers(model, x)
+  params = {"kernel": jnp.asarray(kernel, jnp.float32)}
+  moments = {"": x.T @ x / len(x)}
+  found = calibrate.decompose(params, [lowrank.Rule()], layers, moments)
+  norms = np.linalg.norm(found["u"], axis=0) ** 2  # of K Q
+  np.testing.assert_allclose(norms[:6], 1.0, rtol=0.01)
+  np.testing.assert_allclose(norms[6:], unseen, rtol=0.05)

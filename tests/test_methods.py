@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 
+import maestro
 from maestro import (
   build,
   checkpoint,
@@ -275,15 +276,39 @@ def test_a_fresh_optimizer_goes_on_with_its_schedules():
   assert counts == [7, 7]
 
 
+def test_random_factors_have_the_kernels_size_and_nothing_of_its_values(cases):
+  for name in ("dense", "conv_same", "scan", "conv_grouped", "network"):
+    case = cases[name]
+    found = pieces.random(
+      case.dense, [Rule()], case.layers, moments=None, key=jax.random.key(0)
+    )
+    shapes = jax.tree.map(jnp.shape, case.factored)
+    assert jax.tree.map(jnp.shape, found) == shapes, name
+  layer = {"a": nn.layers(nn.Dense(200), jnp.zeros((1, 300)))[""]}
+  params = {"a": {"kernel": 0.3 * jnp.ones((300, 200)), "bias": jnp.ones(200)}}
+  one, other = (
+    pieces.random(
+      params, [Rule(rank=50)], layer, moments=None, key=jax.random.key(k)
+    )["a"]
+    for k in (0, 1)
+  )
+  assert not np.array_equal(one["u"], other["u"])
+  assert np.array_equal(one["bias"], params["a"]["bias"])
+  product = one["u"] @ one["v"]
+  assert float(jnp.mean(product**2)) == pytest.approx(0.09, rel=0.1)
+  norms = [float(jnp.mean(one[k] ** 2)) for k in ("u", "v")]
+  assert norms[0] == pytest.approx(norms[1], rel=0.1)
+
+
 def test_stable_ranks_start_at_the_full_rank_and_scale():
   spectra = {"a": np.array([4.0, 2.0, 2.0, 0.0]), "b": np.ones((2, 3))}
   limits = {"a": 4, "b": 2}
   same = pieces.stable_rank(lambda: spectra, limits, lambda: spectra)
-  assert same == {"a": 4, "b": 2}
+  assert same == {"a": 4.0, "b": 2.0}
   now = {"a": np.array([4.0, 0.0, 0.0, 0.0]), "b": np.ones((2, 3))}
-  # stable ranks: 1 now, 1.5 at the start; 4 * 1 / 1.5 = 2.67
+  # stable ranks: 1 now, 1.5 at the start
   found = pieces.stable_rank(lambda: now, limits, lambda: spectra)
-  assert found["a"] == 3
+  assert found["a"] == pytest.approx(4 / 1.5)
 
 
 def test_energy_keeps_the_fewest_components():
@@ -307,6 +332,37 @@ def test_cuttlefish_ends_discover_when_stable_ranks_settle(tmp_path):
   assert not saved(tmp_path, 16)[1] and saved(tmp_path, 24)[1]
 
 
+def test_the_end_of_a_shortened_discover_is_kept(tmp_path, monkeypatch):
+  switch = {"name": "stable_ranks", "tolerance": 1e3}
+  discover = BASE["discover"] | {"epochs": 4}
+  c = config({"name": "cuttlefish", "switch": switch}, discover=discover)
+  c["checkpoint"] = {"keep": 1}
+  train.train(c, tmp_path)
+  assert checkpoint.list_steps(tmp_path / "checkpoints") == [16, 40]
+  assert build.open_run(tmp_path, "discover").step == 16
+
+
+def test_stable_ranks_are_measured_from_a_random_start(tmp_path, dense):
+  c = config("cuttlefish", init_from=str(dense))
+  seen = []
+  keep = pieces.Pieces.__init__
+
+  def record(self, *args):
+    keep(self, *args)
+    seen.append(args[-1]())
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pieces.Pieces, "__init__", record)
+    train.train(c, tmp_path)
+  model = problem()[1]
+  key, _ = jax.random.split(jax.random.key(0))
+  wanted = model.init(key, jnp.zeros((1, 64)))["params"]
+  for path in SHAPES:
+    np.testing.assert_allclose(
+      seen[0][path]["kernel"], wanted[path]["kernel"], rtol=1e-6
+    )
+
+
 def test_trp_keeps_kernels_at_their_rank_while_training(tmp_path):
   project = {"every_steps": 8}
   ranks = {"name": "constant", "rank": 3}
@@ -326,6 +382,24 @@ def test_projections_fall_on_their_steps_in_any_dispatch(tmp_path):
     train.train(config(method, steps_per_dispatch=steps), workdir)
     kernels.append(saved(workdir, 16)[0]["fc1"]["kernel"])
   np.testing.assert_allclose(*kernels, atol=1e-5)
+
+
+def test_momentum_does_not_change_what_the_nuclear_norm_weighs(
+  tmp_path, monkeypatch
+):
+  steps = {0.0: [], 0.5: []}
+  for momentum, found in steps.items():
+
+    def project(self, params, t, found=found):
+      del self
+      found.append(t)
+      return params
+
+    monkeypatch.setattr(pieces.Pieces, "project", project)
+    c = config("trp", optimizer={"name": "sgd", "momentum": momentum})
+    train.train(c, tmp_path / str(momentum))
+  assert steps[0.0] and steps[0.0][0] == pytest.approx(20 * 0.05 * 3e-4)
+  np.testing.assert_allclose(steps[0.5], 2 * np.array(steps[0.0]))
 
 
 def test_a_projection_lowers_singular_values(dense):
@@ -421,6 +495,16 @@ def test_what_adapters_remember_is_cut_with_them():
 # ---------------------------------------------------------------------------
 
 
+def test_the_penalty_of_a_proximal_step_is_logged(tmp_path):
+  c = config("prox")
+  train.train(c, tmp_path)
+  params, ranks = saved(tmp_path, 8)
+  lasso = maestro.group_lasso(lowrank.mask(params, ranks), ranks)
+  found = metrics.read(tmp_path)[1]["train/penalty"]
+  # Measured before the zeros of this epoch are cut off, which adds nothing.
+  assert found == pytest.approx(2e-2 * float(lasso), rel=1e-3)
+
+
 def test_prox_counts_exact_zeros(tmp_path):
   # A threshold that would end every layer is of no consequence.
   c = config("prox", threshold=1e9)
@@ -503,6 +587,43 @@ def test_a_fit_is_the_largest_that_the_budget_allows(kind, fraction, cases):
     assert all(np.array_equal(fitted[p], flat[p]) for p in flat)
 
 
+@pytest.mark.parametrize("fraction", [0.4, 0.6])
+def test_a_budget_scales_ranks_before_they_are_rounded(fraction):
+  """A quarter and a half of every rank are the same proportions."""
+  dataset, model, layers = problem()
+  params = jax.eval_shape(
+    model.init, jax.random.key(0), build.Facts.of(dataset).example
+  )["params"]
+  size = cost.count_cost(layers, params)
+  found = []
+  for share in (0.25, 0.5):
+    ranks = {"name": "fraction", "fraction": share}
+    method = {"name": "svd", "ranks": ranks, "budget": f"macs:{fraction}"}
+    c = parse(config(method))
+    chosen = pieces.Pieces(c, model, dataset, layers, size, lambda: params)
+    found.append(chosen.choose_ranks(params))
+  assert found[0] == found[1]
+  free = parse(config({"name": "svd"}))
+  unbound = pieces.Pieces(free, model, dataset, layers, size, lambda: params)
+  assert unbound.choose_ranks(params) == {"fc1": 4, "fc2": 3}
+
+
+@pytest.mark.parametrize(
+  "method",
+  [
+    {"name": "pufferfish", "sampler": {"name": "one_layer"}},
+    {"name": "maestro"},
+    {"name": "maestro", "sampler": None, "shrink": None},
+  ],
+  ids=["sampled_in_settle", "sampled_from_the_start", "neither"],
+)
+def test_a_budget_holds_whatever_is_sampled(method, tmp_path):
+  c = config(method | {"budget": "macs:0.5"})
+  c["discover"] |= {"lam": 1e-4}
+  results = train.train(c, tmp_path)
+  assert 0.45 < results["final"]["macs"] / results["dense"]["macs"] <= 0.5
+
+
 def test_an_impossible_budget_is_named():
   _, _, layers = problem()
   params = {
@@ -563,6 +684,42 @@ BAD = {
     {"name": "svd", "budget": "macs:50"},
     r"config.method.budget: .*must be in .0, 1.,",
   ),
+  "budget_of_dense": (
+    {"name": "dense", "budget": "macs:0.5"},
+    "config.method.budget: .*dense kernels.*remove it",
+  ),
+  "budget_of_adapters": (
+    {"name": "dylora", "budget": "macs:0.5"},
+    "config.method.budget: .*dense kernels.*remove it",
+  ),
+  "no_examples": (
+    {"name": "data_svd", "decomposer": {"name": "data", "examples": 0}},
+    "config.method.decomposer.examples: below 1",
+  ),
+  "tolerance": (
+    {"name": "cuttlefish", "switch": {"name": "stable_ranks", "tolerance": -1}},
+    "config.method.switch.tolerance: -1 is not >= 0",
+  ),
+  "sampler_of_nothing": (
+    {"name": "svd", "sampler": {"name": "one_layer"}},
+    r"config.method.sampler: would do nothing.*now 'end'",
+  ),
+  "penalty_of_nothing": (
+    {"name": "dense", "penalty": "frobenius"},
+    r"config.method.penalty: would do nothing.*now None",
+  ),
+  "project_of_factors": (
+    {"name": "fixed", "project": {"every_steps": 3}},
+    r"config.method.project: would do nothing.*now 'start'",
+  ),
+  "switch_of_factors": (
+    {"name": "maestro", "switch": {"name": "stable_ranks"}},
+    r"config.method.switch: would do nothing",
+  ),
+  "phase_option": (
+    {"name": "maestro", "sampler": {"name": "phase", "over": "pairs"}},
+    r"config.method.sampler.over: 'phase' has no options",
+  ),
   "lam": ({"name": "trp", "lam": -1.0}, "config.method.lam: -1"),
   "project": (
     {"name": "trp", "project": {"evry_steps": 3}},
@@ -581,6 +738,20 @@ def test_an_unknown_piece_is_named_before_anything_is_written(name, tmp_path):
   with pytest.raises(UserError, match=message):
     train.train(config(method), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_an_impossible_budget_is_named_before_anything_is_written(tmp_path):
+  c = config({"name": "svd", "budget": "macs:0.01"})
+  with pytest.raises(ConfigError, match=r"config.method.budget: 'macs:0.01'"):
+    train.train(c, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("momentum", [1.0, 1.5, -0.1])
+def test_a_proximal_step_needs_a_momentum_below_one(momentum, tmp_path):
+  c = config("prox", optimizer={"name": "sgd", "momentum": momentum})
+  with pytest.raises(ConfigError, match=r"config.optimizer.momentum"):
+    train.train(c, tmp_path / "run")
 
 
 def test_decomposing_at_settle_needs_settle(tmp_path):
@@ -620,12 +791,13 @@ def test_a_killed_run_of_a_method_resumes_bit_identically(
   if name == "prox":
     method["budget"] = "macs:0.5"
   c = config(method)
-  # One more than cuttlefish needs to switch.
+  # One more than cuttlefish needs to switch; two with factors.
   c["discover"] |= {"epochs": 3}
+  c["settle"] |= {"epochs": 2}
   train.train(c, tmp_path / "whole")
   save = checkpoint.Checkpoints.save
   # After each save in turn: before and after kernels become factors.
-  for _ in range(4):
+  for _ in range(5):
     with monkeypatch.context() as patch:
 
       def once(*args):
@@ -643,7 +815,7 @@ def test_a_killed_run_of_a_method_resumes_bit_identically(
   for key in ("programs", "macs_total"):
     assert results["train"][key] == whole["train"][key]
   for part in ("whole", "killed"):
-    assert len(metrics.read(tmp_path / part)) == 5
+    assert len(metrics.read(tmp_path / part)) == 6
 
 
 # ---------------------------------------------------------------------------
