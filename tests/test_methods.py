@@ -8,6 +8,7 @@ import io
 import json
 import pathlib
 import re
+import signal
 import tokenize
 
 import jax
@@ -31,7 +32,7 @@ from maestro import (
 )
 from maestro import data as data_lib
 from maestro.config import ConfigError, parse, parse_rules
-from maestro.errors import UserError
+from maestro.errors import Interrupted, UserError
 from maestro.lowrank import Rule
 from maestro.methods import METHODS
 from maestro.models import MODELS
@@ -816,6 +817,39 @@ def test_a_killed_run_of_a_method_resumes_bit_identically(
     assert results["train"][key] == whole["train"][key]
   for part in ("whole", "killed"):
     assert len(metrics.read(tmp_path / part)) == 6
+
+
+@pytest.mark.parametrize(("name", "stop"), [("trp", 13), ("dylora", 19)])
+def test_a_run_stopped_within_an_epoch_resumes_bit_identically(
+  name, stop, tmp_path, monkeypatch
+):
+  method = {"name": name}
+  if name == "trp":  # the stop lies between two projections of an epoch
+    method["project"] = {"every_steps": 5}
+  c = config(method)
+  whole = train.train(c, tmp_path / "whole")
+  make, count = train.make_dispatch, 0
+
+  def hooked(step, steps):
+    dispatch = make(step, steps)
+
+    def call(state, data):
+      nonlocal count
+      count += 1
+      if count == stop:
+        signal.raise_signal(signal.SIGTERM)
+      return dispatch(state, data)
+
+    return call
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "make_dispatch", hooked)
+    with pytest.raises(Interrupted, match=f"step {stop} of 24"):
+      train.train(c, tmp_path / "stopped")
+  results = train.train(c, tmp_path / "stopped")
+  assert leaves_of(tmp_path / "stopped") == leaves_of(tmp_path / "whole")
+  for key in ("final", "layers", "alarms", "steps"):
+    assert results[key] == whole[key]
 
 
 # ---------------------------------------------------------------------------
