@@ -1,6 +1,7 @@
-"""CIFAR-10: dense against Maestro at two lambdas, by any variant of a config.
+"""CIFAR-10: dense against Maestro at one or two lambdas, by a config's variant.
 
   python -m experiments.cifar10 --variant=gpu --limit_minutes=9 --out=DIR
+  python -m experiments.cifar10 --variant=gpu --network=vgg
   python -m experiments.cifar10 --variant=short            # on CPUs
   python -m experiments.cifar10 --variant=gpu --smoke      # to try it
 
@@ -8,8 +9,9 @@ First checks on the device that all forms of a truncated network agree. Then
 every row goes through `python -m maestro.main` into a folder of its own under
 --workdir. At --limit_minutes the row at work saves its state, and the exit code
 is 75; the same command goes on. Results files, curves and a figure are copied
-to --out, experiments/results/cifar10_NAME if not given, from which
-`maestro.report` makes the table. Variants: "" (settled), paper, gpu, short.
+to --out, experiments/results/cifar10_VARIANT (cifar10_vgg_VARIANT) if not
+given, from which `maestro.report` makes the table. Variants: "" (settled),
+paper, gpu, short.
 """
 
 import contextlib

@@ -119,7 +119,7 @@ def conv(
 # A convolution as one product, where XLA's own is slow
 # ---------------------------------------------------------------------------
 
-# XLA:CPU takes a hundred times as long as a product for outputs of 2 x 2
+# XLA:CPU takes some sixty times as long as a product for outputs of 2 x 2
 # pixels, a little longer at 4 x 4 unless channels get fewer, and longer for the
 # channels of raw images; see docs/performance.md.
 _FEWEST_PIXELS, _FEW_PIXELS = 4, 16
