@@ -1,12 +1,12 @@
 """The exact proximal step against the thresholded lasso: LeNet on MNIST.
 
-  python -m experiments.prox_lasso                  # 18 runs of 10 epochs
+  python -m experiments.prox_lasso                  # 24 runs of 10 epochs
   python -m experiments.prox_lasso --jobs=2         # two at a time
   python -m experiments.prox_lasso --smoke          # two epochs, to try it
 
 Trains LeNet by the methods maestro (lasso in the loss, importances below a
 threshold are dropped) and prox (an exact step, zeros are counted) at the same
-three lambdas, three seeds each, on the recipe of `experiments.lenet_comparison`
+four lambdas, three seeds each, on the recipe of `experiments.lenet_comparison`
 without a budget, with that config's threshold, 1e-5. For every point of the
 lasso, the parameters that the proximal step needs for the same test accuracy
 are read off its curve: means over seeds, straight lines in the logarithm of the
@@ -36,7 +36,7 @@ from maestro.errors import UserError
 
 CONFIG = "experiments/lenet_comparison.py"
 METHODS = {"maestro": "lasso, threshold", "prox": "proximal step, exact zeros"}
-LAMBDAS = ("1.5e-3", "3e-3", "6e-3")
+LAMBDAS = ("1e-3", "1.5e-3", "3e-3", "6e-3")
 RUNS = pathlib.Path("runs/experiments")
 RESULTS = pathlib.Path("experiments/results/prox_lasso")
 FIGURE = pathlib.Path("docs/images/prox_lasso.png")
