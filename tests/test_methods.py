@@ -5,6 +5,7 @@ import copy
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -32,6 +33,7 @@ from maestro import (
 )
 from maestro import data as data_lib
 from maestro.config import ConfigError, parse, parse_rules
+from maestro.data import image
 from maestro.errors import Interrupted, UserError
 from maestro.lowrank import Rule
 from maestro.methods import METHODS
@@ -489,6 +491,59 @@ def test_what_adapters_remember_is_cut_with_them():
   small = lowrank.truncate(params, ranks)
   updates, _ = tx.update(small, cut, small)
   assert updates["a"]["u"].shape == (3, 1)
+
+
+# ---------------------------------------------------------------------------
+# With convolutions and batch norm
+# ---------------------------------------------------------------------------
+
+
+def bars(data_dir=None, val_examples=64):
+  """Images [16, 16, 3] of four classes: where a bright bar is."""
+  del data_dir
+  rng = np.random.default_rng(0)
+  targets = rng.integers(0, 4, 512).astype(np.int32)
+  x = rng.integers(0, 60, (512, 16, 16, 3), dtype=np.uint8)
+  for i, c in enumerate(targets):
+    x[i, 4 * c : 4 * c + 4] += 150
+  cuts = [0, 512 - 2 * val_examples, 512 - val_examples, 512]
+  splits = [
+    data_lib.Split(x[a:b], targets[a:b]) for a, b in itertools.pairwise(cuts)
+  ]
+  preprocess = functools.partial(image.standardize, mean=0.3, std=0.3)
+  return data_lib.Dataset("bars", *splits, num_classes=4, preprocess=preprocess)
+
+
+@pytest.mark.parametrize("name", ["cuttlefish", "data_svd", "dylora"])
+def test_methods_hold_for_convolutions_with_batch_norm(
+  name, tmp_path, monkeypatch
+):
+  monkeypatch.setitem(data_lib.DATASETS, "bars", bars)
+  c = config(
+    name,
+    data={"name": "bars"},
+    model={"name": "resnet18", "width": 4, "stage_sizes": [1, 1]},
+    batch_size=64,
+    batch_norm_examples=128,
+  )
+  results = train.train(c, tmp_path)
+  assert results["final"]["metrics"]["loss"] < np.log(4)
+  run = build.open_run(tmp_path)
+  small = lowrank.extract(run.params, run.ranks, run.layers)
+  leaves = jax.tree.leaves(small)
+  assert results["final"]["params"] == sum(x.size for x in leaves)
+  found = train.evaluate_workdir(tmp_path)["test"]
+  assert found["loss"] == pytest.approx(
+    results["final"]["metrics"]["loss"], rel=1e-5
+  )
+  factored = set(lowrank.factored(run.params))
+  assert factored == set(run.layers)
+  if name == "dylora":  # kernels, scales and biases are those of the base
+    base = saved(tmp_path, results["steps"] * 2 // 3)[0]
+    keep = jax.tree_util.tree_leaves_with_path(base)
+    for path, x in keep:
+      node = lowrank.get(run.params, "/".join(k.key for k in path))
+      assert node.tobytes() == x.tobytes(), path
 
 
 # ---------------------------------------------------------------------------
