@@ -525,7 +525,7 @@ def _bar_line(axes, y, text):
 def _draw_errors(axes, one):
   steps = np.array(one["curves"]["step"]) / 1000
   errors = np.array(one["curves"]["error_at_k"])
-  for k, colour in zip(range(errors.shape[1]), COLOURS, strict=True):
+  for k, colour in zip(range(errors.shape[1]), COLOURS, strict=False):
     worst = np.max(errors[:, k], axis=0)
     axes.plot(steps, worst, color=colour, label=f"k = {k + 1}")
   axes.set_yscale("log")
