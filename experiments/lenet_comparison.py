@@ -23,6 +23,7 @@ docs/images/lenet_comparison.png are made. Wall clocks compare only runs of one
 --jobs. Training MACs leave out decompositions.
 """
 
+import functools
 import pathlib
 import runpy
 from collections.abc import Mapping, Sequence
@@ -208,10 +209,8 @@ def main(argv: list[str]) -> None:
   smoke = values.smoke
   seeds = range(1 if smoke else values.seeds)
   chosen = rows(values.methods)
-  jobs = [(*row, seed) for seed in seeds for row in chosen]
-  found = runs.run_all(_run, [(*job, smoke) for job in jobs], values.jobs)
-  by_job = dict(zip(jobs, found, strict=True))
-  results = {row: [by_job[*row, seed] for seed in seeds] for row in chosen}
+  one = functools.partial(_run, smoke=smoke)
+  results = runs.run_rows(one, chosen, seeds, values.jobs)
   print(f"\n{table(results)}")
   if any(percent != 100 for _, percent in chosen):
     figure = RUNS / "lenet_comparison_smoke" / FIGURE.name if smoke else FIGURE

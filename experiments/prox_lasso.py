@@ -18,6 +18,7 @@ experiments/results/prox_lasso/, from which the tables and
 docs/images/prox_lasso.png are made.
 """
 
+import functools
 import itertools
 import math
 import pathlib
@@ -187,10 +188,8 @@ def main(argv: list[str]) -> None:
   smoke = flags.FLAGS.smoke
   seeds = range(1 if smoke else flags.FLAGS.seeds)
   rows = [(name, lam) for lam in LAMBDAS for name in METHODS]
-  jobs = [(*row, seed) for seed in seeds for row in rows]
-  found = runs.run_all(_run, [(*job, smoke) for job in jobs], flags.FLAGS.jobs)
-  by_job = dict(zip(jobs, found, strict=True))
-  results = {row: [by_job[*row, seed] for seed in seeds] for row in rows}
+  one = functools.partial(_run, smoke=smoke)
+  results = runs.run_rows(one, rows, seeds, flags.FLAGS.jobs)
   figure = RUNS / "prox_lasso_smoke" / FIGURE.name if smoke else FIGURE
   figure.parent.mkdir(parents=True, exist_ok=True)
   draw(results).savefig(figure)

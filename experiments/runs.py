@@ -70,6 +70,18 @@ def run_all(
   return [future.result() for future in futures]
 
 
+def run_rows(
+  function: Callable[..., Any],
+  rows: Sequence[tuple],
+  seeds: Sequence[int],
+  at_a_time: int,
+) -> dict[tuple, list[Any]]:
+  """Calls function(*row, seed) for all, seed by seed: {row: one a seed}."""
+  jobs = [(*row, seed) for seed in seeds for row in rows]
+  found = dict(zip(jobs, run_all(function, jobs, at_a_time), strict=True))
+  return {row: [found[*row, seed] for seed in seeds] for row in rows}
+
+
 def write_results(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
   """Writes a results file: indented JSON, each list of numbers on one line.
 

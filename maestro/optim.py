@@ -135,6 +135,9 @@ def make(
   options = bind(function, options, where, ("learning_rate",))
   if not _is_number(decay) or decay < 0:
     raise ConfigError(f"{where}.weight_decay: {decay!r} is no number >= 0")
+  momentum = options.get("momentum")
+  if momentum is not None and not (_is_number(momentum) and 0 <= momentum < 1):
+    raise ConfigError(f"{where}.momentum: {momentum!r} is no number in [0, 1)")
   parts = []
   if clip_norm is not None:
     if not _is_number(clip_norm) or not clip_norm > 0:

@@ -484,10 +484,6 @@ def check(c: Config) -> None:
     raise ConfigError(
       'config.method.proximal: only penalty="group_lasso" has an exact step'
     )
-  if (m.proximal or m.project is not None) and not 0 <= _momentum(c) < 1:
-    raise ConfigError(
-      f"config.optimizer.momentum: {_momentum(c)} is outside [0, 1)"
-    )
   if m.switch is not None:
     _switch(m)({}, {})
   if m.project is not None:
@@ -580,11 +576,7 @@ def step_weight(c: Config, phase: str) -> float:
   Momentum mu multiplies what gradients do by 1 / (1 - mu), so that lam means
   the same there as in the loss.
   """
-  return weight(c, phase) / (1 - _momentum(c))
-
-
-def _momentum(c: Config) -> float:
-  return c.optimizer.get("momentum") or 0.0
+  return weight(c, phase) / (1 - (c.optimizer.get("momentum") or 0.0))
 
 
 def make_penalty(c: Config) -> Callable[[Tree, Tree], jax.Array] | None:

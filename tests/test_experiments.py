@@ -116,6 +116,9 @@ def test_a_worse_rank_is_named():
 def test_runs_come_back_in_order_and_the_first_failure_stops(capsys):
   assert runs.run_all(lambda a, b: a - b, [(3, 1), (9, 2)], 2) == [2, 7]
   assert "2 of 2 runs" in capsys.readouterr().out
+  rows = runs.run_rows(lambda *job: job, [("a", 1), ("b", 2)], range(2), 2)
+  assert rows == {(x, y): [(x, y, 0), (x, y, 1)] for x, y in rows}
+  assert list(rows) == [("a", 1), ("b", 2)]
   begun = []
 
   def fail(i):

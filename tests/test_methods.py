@@ -803,8 +803,8 @@ def test_an_impossible_budget_is_named_before_anything_is_written(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("momentum", [1.0, 1.5, -0.1])
-def test_a_proximal_step_needs_a_momentum_below_one(momentum, tmp_path):
+@pytest.mark.parametrize("momentum", [1.0, 1.5, -0.1, "0.9"])
+def test_momentum_is_below_one(momentum, tmp_path):
   c = config("prox", optimizer={"name": "sgd", "momentum": momentum})
   with pytest.raises(ConfigError, match=r"config.optimizer.momentum"):
     train.train(c, tmp_path / "run")
