@@ -26,9 +26,14 @@ import numpy as np
 from absl import flags
 
 from benchmarks import train_step
-from maestro import allocate, build, cli, cost, lowrank, models, nn, report
+from maestro import cli, lowrank, models
+from maestro import introspect as nn
+from maestro.cost import count as cost
+from maestro.cost.latency import measure_latencies
+from maestro.deploy import choose as allocate
 from maestro.errors import UserError
-from maestro.latency import measure_latencies
+from maestro.report import tables as report
+from maestro.training import build
 
 INPUTS = {"lenet": (28, 28, 1), "resnet18": (32, 32, 3), "vgg19": (32, 32, 3)}
 BATCHES = (1, 64)

@@ -58,11 +58,14 @@ import optax
 from absl import flags
 
 from benchmarks import plain
-from maestro import cli, data, losses, lowrank, models, nn, sampling
+from maestro import cli, data, lowrank, models, sampling
+from maestro import introspect as nn
 from maestro.errors import UserError
-from maestro.provenance import git_commit
-from maestro.sharding import make_mesh
-from maestro.step import TrainState, make_dispatch, make_step, zero_metrics
+from maestro.parallel.mesh import make_mesh
+from maestro.runs.provenance import git_commit
+from maestro.training import losses
+from maestro.training.state import TrainState, zero_metrics
+from maestro.training.step import make_dispatch, make_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCHES = 4  # the random data are so many batches

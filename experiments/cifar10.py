@@ -31,8 +31,11 @@ import matplotlib.figure
 import matplotlib.ticker
 from absl import flags
 
-from maestro import cli, metrics, report
+from maestro import cli
 from maestro.errors import Interrupted, UserError
+from maestro.report import style
+from maestro.report import tables as report
+from maestro.runs import metrics
 
 CONFIGS = {"resnet": "configs/resnet_od.py", "vgg": "configs/vgg_od.py"}
 RUNS = pathlib.Path("runs/experiments")
@@ -102,7 +105,7 @@ def check_device(network: str, width: int = 64) -> dict[str, Any]:
   import numpy as np
 
   import maestro
-  from maestro import lowrank
+  from maestro import trees as lowrank
   from maestro.models import MODELS
 
   name = {"resnet": "resnet18", "vgg": "vgg19"}[network]
@@ -282,11 +285,11 @@ def draw(
     published: (name, accuracy %, params, GMACs), hollow marks.
     title: of the figure.
   """
-  with matplotlib.rc_context(report.STYLE):
+  with matplotlib.rc_context(style.STYLE):
     figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
     loss, rank, cost = figure.subplots(1, 3)
     for (name, series), colour in zip(
-      rows.items(), report.COLOURS, strict=False
+      rows.items(), style.COLOURS, strict=False
     ):
       label = name.replace("lam", "λ ")
       if "train/loss" in series:

@@ -28,11 +28,16 @@ import numpy as np
 from absl import flags
 
 from experiments import runs
-from maestro import build, calibrate, cli, lowrank, provenance, report
+from maestro import cli, lowrank, trees
 from maestro import data as data_lib
-from maestro import workdir as workdir_lib
 from maestro.data import epoch_order
 from maestro.errors import UserError
+from maestro.methods import calibrate
+from maestro.report import style
+from maestro.report import tables as report
+from maestro.runs import provenance
+from maestro.runs import workdir as workdir_lib
+from maestro.training import build
 
 CONFIG = "experiments/lenet_comparison.py:dense,100"
 EXAMPLES = 512  # as many as the method data_svd takes
@@ -76,8 +81,8 @@ def _batches(dataset, split, count: int) -> Iterator[jax.Array]:
 
 def measure(
   model: Any,
-  params: lowrank.Tree,
-  layers: Mapping[str, lowrank.LayerSpec],
+  params: trees.Tree,
+  layers: Mapping[str, trees.LayerSpec],
   dataset: data_lib.Dataset,
 ) -> dict[str, Errors]:
   """Returns {"calibration" or "validation": {path: {"svd", "data": errors}}}.
@@ -95,13 +100,13 @@ def measure(
     "validation": moments(dataset.val, len(dataset.val)),
   }
   rules = [lowrank.Rule()]
-  trees = {
+  forms = {
     "svd": lowrank.decompose(params, rules, layers),
     "data": calibrate.decompose(params, rules, layers, seen),
   }
 
   def matrix(tree: Any, path: str, name: str, shape: tuple) -> np.ndarray:
-    x = np.asarray(lowrank.get(tree, path)[name], np.float64)
+    x = np.asarray(trees.get(tree, path)[name], np.float64)
     return x.reshape(shape)
 
   found: dict[str, dict] = {}
@@ -117,7 +122,7 @@ def measure(
           matrix(tree, path, "v", (-1, spec.n_out)),
           np.asarray(c[path], np.float64),
         )
-        for name, tree in trees.items()
+        for name, tree in forms.items()
       }
   return found
 
@@ -152,22 +157,22 @@ def draw(found: Mapping[str, Errors]) -> matplotlib.figure.Figure:
   paths = list(found["calibration"])
   columns = 3
   rows = -(-len(paths) // columns)
-  with matplotlib.rc_context(report.STYLE):
+  with matplotlib.rc_context(style.STYLE):
     figure = matplotlib.figure.Figure(
       figsize=(8, 2.3 * rows + 0.4), layout="constrained"
     )
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, path in zip(grid.flat, paths, strict=False):
-      for split, style in (("validation", "-"), ("calibration", (0, (1, 1.5)))):
+      for split, dash in (("validation", "-"), ("calibration", (0, (1, 1.5)))):
         for name, label, colour in (
-          ("svd", "SVD", report.COLOURS[0]),
-          ("data", "data-aware", report.COLOURS[1]),
+          ("svd", "SVD", style.COLOURS[0]),
+          ("data", "data-aware", style.COLOURS[1]),
         ):
           errors = found[split][path][name][:-1]
           axes.plot(
             range(len(errors)),
             errors,
-            linestyle=style,
+            linestyle=dash,
             color=colour,
             label=f"{label}, {split}",
           )

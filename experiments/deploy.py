@@ -22,11 +22,17 @@ import matplotlib.figure
 from absl import flags
 
 from experiments import runs
-from maestro import allocate, budget, build, cli, lowrank, provenance, report
+from maestro import cli, lowrank
 from maestro import data as data_lib
-from maestro import workdir as workdir_lib
+from maestro.cost import profiles as budget
+from maestro.deploy import choose as allocate
 from maestro.errors import UserError
-from maestro.sharding import make_mesh
+from maestro.parallel.mesh import make_mesh
+from maestro.report import style
+from maestro.report import tables as report
+from maestro.runs import provenance
+from maestro.runs import workdir as workdir_lib
+from maestro.training import build
 
 CONFIG = "configs/lenet_od.py"
 RECIPE = [
@@ -140,9 +146,9 @@ def _checks(rows: list[dict]) -> list[dict]:
 
 def _draw(rows: list[dict], path: pathlib.Path) -> None:
   """Draws test accuracy against MACs, a panel for each source."""
-  colours = dict(zip(allocate.RULES, report.COLOURS, strict=False))
+  colours = dict(zip(allocate.RULES, style.COLOURS, strict=False))
   marks = dict(zip(allocate.RULES, "os^Dv", strict=True))
-  with matplotlib.rc_context(report.STYLE):
+  with matplotlib.rc_context(style.STYLE):
     figure = matplotlib.figure.Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (source, title) in zip(panels, SOURCES.items(), strict=True):

@@ -15,8 +15,9 @@ import shutil
 from absl import flags
 
 from experiments import runs
-from maestro import cli, report
+from maestro import cli
 from maestro.errors import UserError
+from maestro.report import tables as report
 
 CONFIG = "configs/lenet_od.py"
 RESULTS = pathlib.Path("experiments/results/lenet")

@@ -36,9 +36,11 @@ import numpy as np
 from absl import flags
 
 from experiments import runs
-from maestro import cli, report
+from maestro import cli
 from maestro.errors import UserError
-from maestro.methods import METHODS
+from maestro.methods.table import METHODS
+from maestro.report import style
+from maestro.report import tables as report
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUDGETS = (50, 25)  # percent of the dense network's MACs
@@ -139,7 +141,7 @@ def draw(results: Results) -> matplotlib.figure.Figure:
 
   dense = results.get(("dense", 100))
   names = list(dict.fromkeys(name for name, p in results if p != 100))
-  with matplotlib.rc_context(report.STYLE):
+  with matplotlib.rc_context(style.STYLE):
     figure = matplotlib.figure.Figure(
       figsize=(8, 1.3 + 0.28 * len(names)), layout="constrained"
     )
@@ -149,13 +151,13 @@ def draw(results: Results) -> matplotlib.figure.Figure:
     for axes, percent in zip(grid.flat, percents, strict=True):
       for y, name in enumerate(names):
         found = errors(results[name, percent])
-        colour = report.COLOURS[1 if name in ("maestro", "prox") else 0]
+        colour = style.COLOURS[1 if name in ("maestro", "prox") else 0]
         axes.plot(found, [y] * len(found), "o", ms=4, alpha=0.5, color=colour)
         axes.plot([np.mean(found)], [y], "|", ms=13, mew=2.2, color=colour)
       if dense:
         axes.axvline(
           np.mean(errors(dense)),
-          color=report.INK,
+          color=style.INK,
           linewidth=1,
           linestyle=(0, (4, 3)),
           label="dense, 100 %",

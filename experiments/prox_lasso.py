@@ -32,8 +32,10 @@ import numpy as np
 from absl import flags
 
 from experiments import runs
-from maestro import cli, report
+from maestro import cli
 from maestro.errors import UserError
+from maestro.report import style
+from maestro.report import tables as report
 
 CONFIG = "experiments/lenet_comparison.py"
 METHODS = {"maestro": "lasso, threshold", "prox": "proximal step, exact zeros"}
@@ -132,11 +134,11 @@ def table(results: Results) -> str:
 
 def draw(results: Results) -> matplotlib.figure.Figure:
   """Draws test error over parameters: a dot a seed, lines through the means."""
-  with matplotlib.rc_context(report.STYLE):
+  with matplotlib.rc_context(style.STYLE):
     figure = matplotlib.figure.Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for (name, label), colour in zip(
-      METHODS.items(), report.COLOURS, strict=False
+      METHODS.items(), style.COLOURS, strict=False
     ):
       means = []
       for (method, _), row in results.items():

@@ -24,8 +24,11 @@ import matplotlib.ticker
 from absl import flags
 
 from experiments import runs
-from maestro import cli, metrics, report
+from maestro import cli
 from maestro.errors import UserError
+from maestro.report import style
+from maestro.report import tables as report
+from maestro.runs import metrics
 
 CONFIG = "configs/lenet_od.py"
 LAMBDAS = ("1e-4", "3e-4", "1e-3", "3e-3")
@@ -99,7 +102,7 @@ def draw(results: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
   names = list(results[0]["ranks"])
   columns = 3
   rows = -(-len(names) // columns)
-  with matplotlib.rc_context(report.STYLE):
+  with matplotlib.rc_context(style.STYLE):
     figure = matplotlib.figure.Figure(
       figsize=(8, 2.35 * rows + 0.4), layout="constrained"
     )

@@ -36,12 +36,13 @@ from absl import flags
 
 import maestro
 from experiments import runs
-from maestro import cli, losses, sampling
+from maestro import cli, sampling
 from maestro.data import synthetic
 from maestro.errors import UserError
 from maestro.models import LinearAutoencoder, LinearMap
-from maestro.provenance import git_commit
-from maestro.report import COLOURS, GREY, INK, STYLE
+from maestro.report.style import COLOURS, GREY, INK, STYLE
+from maestro.runs.provenance import git_commit
+from maestro.training import losses
 
 Sampler = Callable[[jax.Array, Any], Any]
 

@@ -1,12 +1,11 @@
 """Trainable low-rank decompositions: layers that find their own ranks."""
 
 from maestro import nn, ops, sampling
-from maestro.artifact import load
-from maestro.cost import Cost, LayerCost, count_cost
+from maestro.cost.count import Cost, LayerCost, count_cost
+from maestro.deploy.artifact import load
 from maestro.errors import UserError
+from maestro.introspect import check_ranks, layers
 from maestro.lowrank import (
-  LayerSpec,
-  LowRankError,
   Rule,
   decompose,
   extract,
@@ -18,7 +17,7 @@ from maestro.lowrank import (
   shrink,
   truncate,
 )
-from maestro.nn import check_ranks, layers
+from maestro.trees import LayerSpec, LowRankError
 
 __version__ = "0.1.0"
 

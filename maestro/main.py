@@ -49,7 +49,7 @@ def default_workdir(config: str) -> pathlib.Path:
 def main(argv: list[str]) -> None:
   """Trains, resumes or evaluates, as the flags say."""
   # Imported here, so that --help and a mistyped flag answer at once.
-  from maestro import train
+  from maestro.training import loop as train
 
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")

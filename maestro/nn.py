@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 
-from maestro import lowrank, ops
-from maestro.lowrank import LayerSpec, LowRankError
+from maestro import ops
+from maestro import trees as lowrank
+from maestro.trees import LowRankError
 
 # Paths whose rank was read, while `check_ranks` traces a model.
 _read: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar(
@@ -32,7 +33,7 @@ _read: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar(
 )
 
 
-def _path(module: nn.Module) -> str:
+def path_of(module: nn.Module) -> str:
   return "/".join(module.path)
 
 
@@ -47,14 +48,14 @@ def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
   v = module.get_variable("params", "v")
   if v is None:
     raise LowRankError(
-      f"layer {_path(module)!r} holds `u` but no `v`; factors come in pairs"
+      f"layer {path_of(module)!r} holds `u` but no `v`; factors come in pairs"
     )
   rank = module.get_variable("ranks", "rank")
   read = _read.get()
   if rank is not None and read is not None:
-    read.add(_path(module))
+    read.add(path_of(module))
   if rank is not None:
-    lowrank.check_rank(rank, u.shape[-1], _path(module))
+    lowrank.check_rank(rank, u.shape[-1], path_of(module))
   return u, v, rank
 
 
@@ -69,7 +70,7 @@ def _refuse(module: Any, *names: str) -> None:
   for name in names:
     if getattr(module, name) is not None:
       raise LowRankError(
-        f"layer {_path(module)!r}: `{name}` replaces one product by another,"
+        f"layer {path_of(module)!r}: `{name}` replaces one product by another,"
         " but a factored layer has two; leave it out or keep the layer dense"
       )
 
@@ -116,7 +117,7 @@ class DenseGeneral(nn.DenseGeneral):
     x, u, v, bias = self.promote_dtype(
       inputs, u, v, _bias(self, dense), dtype=self.dtype
     )
-    axis, batch = _general_axes(self, inputs.ndim)
+    axis, batch = general_axes(self, inputs.ndim)
     rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
     n = len(batch)
     x = jnp.transpose(x, (*batch, *rest, *axis))
@@ -146,7 +147,7 @@ class DenseGeneral(nn.DenseGeneral):
     return y + super().__call__(inputs) if dense else y
 
 
-def _general_axes(module: nn.DenseGeneral, ndim: int):
+def general_axes(module: nn.DenseGeneral, ndim: int):
   """(contracted axes, batch axes) of a DenseGeneral, non-negative, sorted."""
 
   def normal(axes: int | Sequence[int]) -> tuple[int, ...]:
@@ -184,25 +185,25 @@ class Conv(nn.Conv):
       rank, groups = None, 1
       if dense:
         raise LowRankError(
-          f"layer {_path(self)!r}: a mask on kernel + u @ v is not supported"
+          f"layer {path_of(self)!r}: a mask on kernel + u @ v is not supported"
         )
     x, u, v, bias = self.promote_dtype(
       inputs, u, v, _bias(self, dense), dtype=self.dtype
     )
-    window = _window(self)
+    window = window_of(self)
     n = len(window)
     batch = x.shape[: x.ndim - n - 1]
     x = x.reshape((-1, *x.shape[len(batch) :]))
-    dilation = _per_axis(self.kernel_dilation, n)
-    x, padding = _pad(x, self.padding, window, dilation)
+    dilation = per_axis(self.kernel_dilation, n)
+    x, padding = pad_input(x, self.padding, window, dilation)
     y = ops.lowrank_conv(
       x,
       u,
       v,
       rank,
-      strides=_per_axis(self.strides, n),
+      strides=per_axis(self.strides, n),
       padding=padding,
-      input_dilation=_per_axis(self.input_dilation, n),
+      input_dilation=per_axis(self.input_dilation, n),
       kernel_dilation=dilation,
       groups=groups,
       bias=bias,
@@ -216,7 +217,7 @@ class Conv(nn.Conv):
     """Returns factors (masked kernel, identity) of an ungrouped layer."""
     if self.feature_group_count > 1:
       raise LowRankError(
-        f"layer {_path(self)!r}: a mask on a grouped, factored convolution is"
+        f"layer {path_of(self)!r}: a mask on a grouped, factored convolution is"
         " not supported; keep the layer dense (Rule(..., decompose=False))"
       )
     if rank is not None:
@@ -226,18 +227,18 @@ class Conv(nn.Conv):
     return kernel, jnp.eye(self.features, dtype=kernel.dtype)
 
 
-def _window(module: nn.Conv) -> tuple[int, ...]:
+def window_of(module: nn.Conv) -> tuple[int, ...]:
   size = module.kernel_size
   return (size,) if isinstance(size, int) else tuple(size)
 
 
-def _per_axis(value: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
+def per_axis(value: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
   """One number for each of n spatial axes, as Flax lets them be given."""
   value = 1 if value is None else value
   return (value,) * n if isinstance(value, int) else tuple(value)
 
 
-def _pad(x, padding, window, dilation):
+def pad_input(x, padding, window, dilation):
   """Applies the paddings that Flax has and lax has not."""
   padding = canonicalize_padding(padding, len(window))
   spans = [(k - 1) * d for k, d in zip(window, dilation, strict=True)]
@@ -316,287 +317,10 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
 
 
 @contextlib.contextmanager
-def batch_statistics() -> Iterator[None]:
-  """Makes batch norm store the statistics of the batch alone.
-
-  Within it, the `batch_stats` that a model applied with train=True returns are
-  those of its batch, not a moving average, whatever each layer's momentum is.
-  """
-
-  def intercept(next_call, args, kwargs, context):
-    module = context.module
-    if not isinstance(module, nn.BatchNorm):
-      return next_call(*args, **kwargs)
-    momentum = module.momentum
-    object.__setattr__(module, "momentum", 0.0)  # modules are frozen
-    try:
-      return next_call(*args, **kwargs)
-    finally:
-      object.__setattr__(module, "momentum", momentum)
-
-  with nn.intercept_methods(intercept):
-    yield
-
-
-# ---------------------------------------------------------------------------
-# Reading a model
-# ---------------------------------------------------------------------------
-
-
-def _spec(module: nn.Module, x: jax.Array, y: jax.Array) -> LayerSpec | None:
-  """Describes a layer from its attributes and its input and output shapes."""
-  if isinstance(module, nn.Conv):
-    window = _window(module)
-    g = module.feature_group_count
-    # All axes of one example; without a batch axis, y is one example.
-    space = y.shape[y.ndim > len(window) + 1 : -1]
-    return LayerSpec(
-      "conv",
-      (*window, x.shape[-1] // g),
-      (module.features // g,),
-      groups=(g,) if g > 1 else (),
-      positions=math.prod(space),
-    )
-  if isinstance(module, nn.Embed):
-    return LayerSpec(
-      "embed",
-      (module.num_embeddings,),
-      (module.features,),
-      positions=0,
-      lookups=math.prod(x.shape[1:]),
-    )
-  if isinstance(module, nn.DenseGeneral):
-    axis, batch = _general_axes(module, x.ndim)
-    features = module.features
-    rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
-    return LayerSpec(
-      "dense",
-      tuple(x.shape[a] for a in axis),
-      (features,) if isinstance(features, int) else tuple(features),
-      groups=tuple(x.shape[a] for a in batch),
-      positions=math.prod(x.shape[a] for a in rest if a != 0),
-    )
-  if isinstance(module, nn.Dense):
-    return LayerSpec(
-      "dense",
-      (x.shape[-1],),
-      (module.features,),
-      positions=math.prod(x.shape[1:-1]),
-    )
-  return None
-
-
-def layers(model: nn.Module, *inputs: Any, **kwargs: Any):
-  """Lists the linear maps of a model: {path: LayerSpec}, in order of use.
-
-  Runs the model's `init` abstractly (nothing is computed) on example inputs,
-  whose first axis is the batch. Layers are Dense, DenseGeneral, Conv and Embed
-  of this module or of `flax.linen`.
-
-  A layer that is called several times adds up its positions. Under `nn.scan`
-  or `nn.vmap` with parameters stacked on axis 0, a layer is listed once, with
-  the stacked sizes in `stack`; a layer whose one set of parameters is reused by
-  every step of a scan counts as one call.
-
-  Args:
-    model: a Flax Linen module.
-    *inputs: example inputs, arrays or `jax.ShapeDtypeStruct`s.
-    **kwargs: passed on to the model, e.g. train=False.
-  """
-  records: dict[str, list[LayerSpec]] = {}
-
-  def record(next_call, args, kwargs, context):
-    y = next_call(*args, **kwargs)
-    module, method = context.module, context.method_name
-    path = _path(module)
-    if method == "__call__" and args:
-      spec = _spec(module, args[0], y)
-      if spec is not None:
-        records.setdefault(path, []).append(spec)
-    elif method == "attend" and isinstance(module, nn.Embed):
-      spec = LayerSpec(
-        "embed",
-        (module.num_embeddings,),
-        (module.features,),
-        positions=math.prod(args[0].shape[1:-1]),
-      )
-      records.setdefault(path, []).append(spec)
-    return y
-
-  # Through the interceptor, also a subclass's super().__call__ is seen: the
-  # same module within the same call must count once.
-  def init(*inputs):
-    with nn.intercept_methods(_outermost(record)):
-      return model.init(jax.random.key(0), *inputs, **kwargs)
-
-  params = jax.eval_shape(init, *inputs).get("params", {})
-  found = {}
-  for path, calls in records.items():
-    spec = calls[0]
-    node = lowrank.get(params, path)
-    kernel = node.get(spec.weight) if node else None
-    if kernel is None:
-      continue
-    shape = tuple(kernel.shape)
-    stack = shape[: len(shape) - len(spec.kernel_shape)]
-    if shape != (*stack, *spec.kernel_shape):
-      raise LowRankError(
-        f"layer {path!r}: its kernel is {shape}, of which {spec.kernel_shape}"
-        " was expected to be the last axes; stack scanned parameters on axis 0"
-      )
-    counted = calls[:1] if stack else calls  # scan may trace its body twice
-    found[path] = LayerSpec(
-      spec.kind,
-      spec.inputs,
-      spec.outputs,
-      stack=stack,
-      groups=spec.groups,
-      positions=sum(call.positions for call in counted),
-      lookups=sum(call.lookups for call in counted),
-    )
-  return found
-
-
-def _outermost(interceptor):
-  """Hides calls of a module's own method from within that same method."""
-  active: list[tuple[int, str]] = []
-
-  def intercept(next_call, args, kwargs, context):
-    call = (id(context.module), context.method_name)
-    if call in active:
-      return next_call(*args, **kwargs)
-    active.append(call)
-    try:
-      return interceptor(next_call, args, kwargs, context)
-    finally:
-      active.pop()
-
-  return intercept
-
-
-def _rows(module: nn.Module, x: jax.Array) -> jax.Array | None:
-  """Lays out what a layer's kernel multiplies: [*groups, N, n_in], by copying.
-
-  An embedding's are the indices that it looks up, [N]. None for other modules.
-  """
-  if isinstance(module, nn.Conv):
-    return _patches(module, x)
-  if isinstance(module, nn.Embed):
-    return x.reshape(-1)
-  if isinstance(module, nn.DenseGeneral):
-    axis, batch = _general_axes(module, x.ndim)
-    rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
-    groups = tuple(x.shape[a] for a in batch)
-    n_in = math.prod(x.shape[a] for a in axis)
-    x = jnp.transpose(x, (*batch, *rest, *axis))
-    return x.reshape((*groups, -1, n_in))
-  if isinstance(module, nn.Dense):
-    return x.reshape((-1, x.shape[-1]))
-  return None
-
-
-def _patches(module: nn.Conv, x: jax.Array) -> jax.Array:
-  """Unrolls a convolution's input: [(G,) N, window * in / G]."""
-  window = _window(module)
-  n = len(window)
-  dilation = _per_axis(module.kernel_dilation, n)
-  x = x.reshape((-1, *x.shape[x.ndim - n - 1 :]))
-  x, padding = _pad(x, module.padding, window, dilation)
-  y = ops.unroll(
-    x,
-    window,
-    _per_axis(module.strides, n),
-    padding,
-    _per_axis(module.input_dilation, n),
-    dilation,
-  )
-  g, size, n_in = module.feature_group_count, math.prod(window), x.shape[-1]
-  if g == 1:
-    return y.reshape((-1, size * n_in))
-  y = y.reshape((-1, size, g, n_in // g))
-  return jnp.moveaxis(y, 2, 0).reshape((g, -1, size * (n_in // g)))
-
-
-def capture_inputs(
-  model: nn.Module, variables: Any, *inputs: Any, **kwargs: Any
-) -> dict[str, tuple[jax.Array, ...]]:
-  """Runs a model and returns the rows that each layer's kernel multiplies.
-
-    {path: ([*groups, N, n_in], ...)}, one array for each call of the layer
-
-  A convolution's input is unrolled in the order of its kernel, (*window, in);
-  an embedding's is the indices it looks up, int [N]; its use as logits
-  (`attend`) is not captured. A layer under `nn.scan` appears only if the scan
-  has variable_axes={"params": 0, "captured": 0}; its array then leads with the
-  scan's axis. Can be traced.
-
-  Args:
-    model: a Flax Linen module.
-    variables: of the model; layers may be dense or factored.
-    *inputs: of the model.
-    **kwargs: passed on to the model, e.g. train=False.
-  """
-  paths: set[str] = set()
-
-  # Sown, not kept aside: so a value leaves `remat` and `scan` as they allow.
-  def record(next_call, args, kwargs, context):
-    if context.method_name == "__call__" and args:
-      rows = _rows(context.module, args[0])
-      if rows is not None and context.module.sow("captured", "inputs", rows):
-        paths.add(_path(context.module))
-    return next_call(*args, **kwargs)
-
-  with nn.intercept_methods(_outermost(record)):
-    _, state = model.apply(variables, *inputs, mutable=["captured"], **kwargs)
-  found = state.get("captured", {})
-  return {path: lowrank.get(found, path)["inputs"] for path in sorted(paths)}
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[set[str]]:
+def recording() -> Iterator[set[str]]:
   paths: set[str] = set()
   token = _read.set(paths)
   try:
     yield paths
   finally:
     _read.reset(token)
-
-
-def check_ranks(
-  model: nn.Module, variables: Any, ranks: Any, *inputs: Any, **kwargs: Any
-) -> None:
-  """Raises if the model would not read one of the ranks, under eval_shape.
-
-  A mistyped path, or `ranks` missing from a scan's `variable_axes`, would
-  otherwise run at full rank without a word.
-
-  Raises:
-    LowRankError: names the layers whose rank is not read.
-  """
-  with _recording() as read:
-    jax.eval_shape(
-      lambda v, r, *x: model.apply({**v, "ranks": r}, *x, **kwargs),
-      variables,
-      ranks,
-      *inputs,
-    )
-  unread = sorted(set(lowrank.flatten_ranks(ranks)) - read)
-  if unread:
-    raise LowRankError(
-      f"ranks of {unread} are read by no layer, which would run at full rank;"
-      " check the path, that the layer is of maestro.nn, and that a scan has"
-      ' variable_axes={"params": 0, "ranks": 0}'
-    )
-
-
-__all__ = [
-  "Conv",
-  "Dense",
-  "DenseGeneral",
-  "Embed",
-  "batch_statistics",
-  "capture_inputs",
-  "check_ranks",
-  "layers",
-  "max_pool",
-]

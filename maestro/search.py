@@ -35,11 +35,14 @@ import matplotlib.figure
 from absl import flags
 from ml_collections import config_flags
 
-from maestro import cli, report, train
-from maestro import workdir as workdir_lib
-from maestro.config import parse
+from maestro import cli
 from maestro.errors import Interrupted, UserError
 from maestro.main import default_workdir
+from maestro.report import style
+from maestro.report import tables as report
+from maestro.runs import workdir as workdir_lib
+from maestro.training import loop as train
+from maestro.training.config import parse
 
 EXIT_NONE_SUITS = 3
 _ROUNDING = 1e-9  # 0.95 - 0.9465 is a little more than 0.0035
@@ -321,13 +324,13 @@ def _draw(runs: list[dict], criterion: Mapping, path: pathlib.Path) -> None:
   low = max(low, 2 * limit, 1e-3 * level)
   high = -1.4 * max(limit, -min(lost), 0.1 * low)
   worse = math.copysign(1, factor)  # the direction of a lower score
-  blue, orange, green = report.COLOURS[:3]
+  blue, orange, green = style.COLOURS[:3]
   right = 1.15 * max(100, *xs)
   suits = [
     0,
     right if criterion["max_macs"] is None else 100 * criterion["max_macs"],
   ]
-  with matplotlib.rc_context(report.STYLE):
+  with matplotlib.rc_context(style.STYLE):
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.set(
@@ -341,8 +344,8 @@ def _draw(runs: list[dict], criterion: Mapping, path: pathlib.Path) -> None:
     axes.fill_between(
       suits, *edges, color=green, alpha=0.12, lw=0, label="suits"
     )
-    style = {"color": "#6b6b6b", "linewidth": 1, "linestyle": (0, (4, 3))}
-    axes.axhline(level, label=f"dense: {level:.4g}", **style)
+    dashed = {"color": "#6b6b6b", "linewidth": 1, "linestyle": (0, (4, 3))}
+    axes.axhline(level, label=f"dense: {level:.4g}", **dashed)
     ys = [level + worse * min(y, low) for y in lost]
     axes.plot(xs, ys, color=blue)
     for i, (row, x, y) in enumerate(zip(found, xs, ys, strict=True)):

@@ -29,8 +29,9 @@ with jaxtyping.install_import_hook("maestro.ops", "beartype.beartype"):
 import flax.linen  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
+import maestro.introspect  # noqa: E402
 import maestro.nn  # noqa: E402
-from maestro import lowrank  # noqa: E402
+from maestro import lowrank, trees  # noqa: E402
 from maestro.lowrank import Rule  # noqa: E402
 
 # ---------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class Case:
 
   @functools.cached_property
   def layers(self):
-    return maestro.nn.layers(self.model, self.x)
+    return maestro.introspect.layers(self.model, self.x)
 
   @functools.cached_property
   def dense(self):
@@ -177,7 +178,7 @@ class Case:
     if level == "full":
       return self.full
     flat, count = {}, 0
-    for path, rank in lowrank.flatten_ranks(self.full).items():
+    for path, rank in trees.flatten_ranks(self.full).items():
       rank = np.asarray(rank)
       if level == "half":
         index = count + np.arange(rank.size).reshape(rank.shape)
@@ -186,7 +187,7 @@ class Case:
       else:
         value = np.minimum(rank, level)
       flat[path] = jnp.asarray(value, jnp.int32)
-    return lowrank.unflatten_ranks(flat)
+    return trees.unflatten_ranks(flat)
 
   @functools.cached_property
   def run(self):

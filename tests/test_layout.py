@@ -51,10 +51,14 @@ def _refused(path, names):
   def forbid(modules, why):
     bad.update(dict.fromkeys(modules, why))
 
-  if _in(path, "maestro/lowrank.py", "maestro/sampling.py"):
+  if _in(path, "maestro/trees.py", "maestro/lowrank.py", "maestro/sampling.py"):
     forbid(_uses(names, "flax"), "the method knows only JAX")
   if _in(path, "maestro") and not _in(
-    path, "maestro/nn.py", "maestro/models", "maestro/adapt.py"
+    path,
+    "maestro/nn.py",
+    "maestro/introspect.py",
+    "maestro/models",
+    "maestro/adapt.py",
   ):
     forbid(_uses(names, "flax.linen"), "Linen stays in nn, models, adapt")
   if _in(path, "maestro/models"):
@@ -65,7 +69,7 @@ def _refused(path, names):
   if not _in(
     path, "maestro/main.py", "maestro/search.py", "experiments", "tests"
   ):
-    forbid(_uses(names, "maestro.train"), "nobody imports the loop")
+    forbid(_uses(names, "maestro.training.loop"), "nobody imports the loop")
   if _in(path, "configs"):
     forbid(_uses(names, "maestro"), "configs are data")
   for module in ("pickle", "cloudpickle", "dill", "joblib", "shelve"):
@@ -95,14 +99,26 @@ def test_every_file_begins_with_its_purpose(path):
   [
     ("maestro/lowrank.py", "import flax", "flax"),
     ("maestro/sampling.py", "from flax import struct", "flax.struct"),
-    ("maestro/step.py", "from flax import linen as nn", "flax.linen"),
-    ("maestro/step.py", "import flax.linen.linear", "flax.linen.linear"),
+    ("maestro/training/step.py", "from flax import linen as nn", "flax.linen"),
+    (
+      "maestro/training/step.py",
+      "import flax.linen.linear",
+      "flax.linen.linear",
+    ),
     ("maestro/ops/xla.py", "from flax.linen import Dense", "flax.linen"),
     ("maestro/models/vgg.py", "from maestro import ops", "maestro.ops"),
     ("maestro/models/vgg.py", "from ..ops import xla", "maestro.ops"),
     ("maestro/models/vgg.py", "from .. import ops", "maestro.ops"),
-    ("maestro/export.py", "from maestro.train import run", "maestro.train"),
-    ("maestro/export.py", "from . import train", "maestro.train"),
+    (
+      "maestro/export.py",
+      "from maestro.training.loop import train",
+      "maestro.training.loop",
+    ),
+    (
+      "maestro/export.py",
+      "from .training import loop",
+      "maestro.training.loop",
+    ),
     ("configs/lenet.py", "def f():\n  import maestro", "maestro"),
     ("benchmarks/speed.py", "import pickle", "pickle"),
   ],
@@ -117,12 +133,12 @@ def test_a_forbidden_import_is_seen(path, line, module):
   ("path", "line"),
   [
     ("maestro/nn.py", "import flax.linen as nn"),
-    ("maestro/step.py", "import flax.struct"),
+    ("maestro/training/step.py", "import flax.struct"),
     ("maestro/models/vgg.py", "from maestro import nn"),
     ("maestro/models/vgg.py", "import flax.linen\nimport jax"),
-    ("maestro/main.py", "from maestro.train import train"),
+    ("maestro/main.py", "from maestro.training.loop import train"),
     ("experiments/table.py", "from maestro import train"),
-    ("maestro/step.py", "import maestro.training_data"),
+    ("maestro/training/step.py", "import maestro.training.loop_data"),
   ],
 )
 def test_an_allowed_import_is_let_through(path, line):

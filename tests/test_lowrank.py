@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maestro import lowrank
-from maestro.lowrank import LayerSpec, LowRankError, Rule
+from maestro import lowrank, trees
+from maestro.lowrank import Rule
+from maestro.trees import LayerSpec, LowRankError
 
 
 def _equal(a, b):
@@ -65,8 +66,8 @@ def test_decompose_orders_and_balances_components(case):
   for path, spec in case.layers.items():
     if spec.full_rank == 1:
       continue
-    node = lowrank.get(case.factored, path)
-    kernel = np.asarray(lowrank.get(case.dense, path)[spec.weight], np.float64)
+    node = trees.get(case.factored, path)
+    kernel = np.asarray(trees.get(case.dense, path)[spec.weight], np.float64)
     r = spec.full_rank
     if spec.kind == "conv" and spec.groups:
       g = spec.groups[0]
@@ -173,7 +174,7 @@ def test_rank_zero_rule_keeps_no_component(cases):
 
 
 def test_full_ranks_mirror_the_factored_layers(case):
-  flat = lowrank.flatten_ranks(case.full)
+  flat = trees.flatten_ranks(case.full)
   expected = {p: s for p, s in case.layers.items() if s.full_rank > 1}
   assert set(flat) == set(expected)
   for path, spec in expected.items():
@@ -206,12 +207,12 @@ def test_full_ranks_of_dense_parameters_is_empty(cases):
 
 
 def test_ranks_flatten_and_unflatten(cases):
-  flat = lowrank.flatten_ranks(RANKS | {"a": {"b": {"rank": 1}}})
+  flat = trees.flatten_ranks(RANKS | {"a": {"b": {"rank": 1}}})
   assert list(flat) == ["a/b", "conv", "fc", "stack"]
-  assert lowrank.unflatten_ranks(flat)["a"] == {"b": {"rank": 1}}
-  assert lowrank.unflatten_ranks({"": 3}) == {"rank": 3}
+  assert trees.unflatten_ranks(flat)["a"] == {"b": {"rank": 1}}
+  assert trees.unflatten_ranks({"": 3}) == {"rank": 3}
   with pytest.raises(LowRankError, match=r"leaf 'rnk' at 'a'"):
-    lowrank.flatten_ranks({"a": {"rnk": 1}})
+    trees.flatten_ranks({"a": {"rnk": 1}})
 
 
 def test_mask_zeroes_exactly_what_is_beyond_the_rank(reference_mask):
@@ -306,8 +307,8 @@ def test_extract_merges_where_dense_is_no_larger(rank, dense, close):
 
 def _vectors(params, ranks):
   """Yields float64 (index, u [in, r], v [r, out], R) of every single map."""
-  for path, rank in lowrank.flatten_ranks(ranks).items():
-    node = lowrank.get(params, path)
+  for path, rank in trees.flatten_ranks(ranks).items():
+    node = trees.get(params, path)
     u, v = (np.asarray(node[n], np.float64) for n in ("u", "v"))
     for index in np.ndindex(np.shape(rank)):
       r = int(np.asarray(rank)[index])
@@ -484,8 +485,8 @@ def test_shrink_counts_a_prefix_and_never_rises(kind, threshold):
   params = _scaled(kind)
   shrunk = lowrank.shrink(params, RANKS, threshold)
   assert jax.tree.structure(shrunk) == jax.tree.structure(RANKS)
-  flat = lowrank.flatten_ranks(shrunk)
-  old = lowrank.flatten_ranks(RANKS)
+  flat = trees.flatten_ranks(shrunk)
+  old = trees.flatten_ranks(RANKS)
   for path, rank in flat.items():
     assert rank.dtype == jnp.int32
     assert rank.shape == old[path].shape

@@ -11,11 +11,14 @@ import jax
 import pytest
 from absl.testing import flagsaver
 
-from maestro import build, cli, lowrank, main, nn, optim, train
+from maestro import cli, lowrank, main, trees
 from maestro import data as data_lib
-from maestro.config import parse, parse_rules
+from maestro import introspect as nn
 from maestro.errors import Interrupted
 from maestro.models import MODELS
+from maestro.training import build, optim
+from maestro.training import loop as train
+from maestro.training.config import parse, parse_rules
 
 # ml_collections loads config files by a deprecated method.
 pytestmark = pytest.mark.filterwarnings(
@@ -222,7 +225,7 @@ def test_every_shipped_config_builds(path, variant, method):
     return params, tx.init(params)
 
   params, _ = jax.eval_shape(initial, jax.random.key(0))
-  assert bool(lowrank.factored(params)) == (method == "maestro")
+  assert bool(trees.factored(params)) == (method == "maestro")
   for name in ("discover", "settle"):
     build.make_sampler(c, name)
 

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import maestro.introspect
 import maestro.nn
-from maestro import lowrank
-from maestro.lowrank import LowRankError, Rule
+from maestro import lowrank, trees
+from maestro.lowrank import Rule
+from maestro.trees import LowRankError
 
 LEVELS = ("full", "half", 1, 0)
 
@@ -138,7 +140,7 @@ def test_kernel_and_factors_add_up(case, jit, close):
   adapted = both(case.dense, half)
   for path, spec in case.layers.items():
     if spec.full_rank > 1:
-      node = lowrank.get(adapted, path)
+      node = trees.get(adapted, path)
       assert {spec.weight, "u", "v"} <= set(node)
   # Factored layers hold the sum; the depthwise layer, only its kernel.
   total = jax.tree_util.tree_map_with_path(add, case.dense, merged)
@@ -229,7 +231,7 @@ def test_options_act_as_in_flax(name, shape, arguments, options, close):
   )
   assert ("bias" in params) == (name != "Embed" and options != NO_BIAS)
   y = theirs.apply({"params": params}, x)
-  layers = maestro.nn.layers(ours, x)
+  layers = maestro.introspect.layers(ours, x)
   factored = lowrank.decompose(params, [Rule()], layers)
   assert {k: p.dtype for k, p in factored.items() if k != "bias"} == (
     dict.fromkeys("uv", ours.param_dtype)
@@ -263,7 +265,7 @@ def test_conv_mask_applies_to_the_product(level, close):
     "bias": jnp.arange(6.0),
   }
   flax_model = flax.linen.Conv(6, (2, 2), mask=CONV_MASK)
-  layers = maestro.nn.layers(model, x)
+  layers = maestro.introspect.layers(model, x)
   factored = lowrank.decompose(params, [Rule()], layers)
   ranks = {"rank": jnp.int32({"full": 6, "half": 3}.get(level, level))}
   merged = lowrank.merge(lowrank.mask(factored, ranks))
@@ -399,7 +401,7 @@ def test_ranks_of_a_dense_layer_are_ignored(cases):
 def test_check_ranks_passes_on_every_model(case):
   case.run("ranks", case.factored, case.full)  # fill caches of traces
   for _ in range(2):
-    maestro.nn.check_ranks(
+    maestro.introspect.check_ranks(
       case.model, {"params": case.factored}, case.full, case.x
     )
 
@@ -407,12 +409,12 @@ def test_check_ranks_passes_on_every_model(case):
 @pytest.mark.parametrize("path", ["lost", "first/lost"])
 def test_check_ranks_names_a_mistyped_path(cases, path):
   case = cases["remat"]
-  flat = lowrank.flatten_ranks(case.full) | {path: jnp.int32(1)}
+  flat = trees.flatten_ranks(case.full) | {path: jnp.int32(1)}
   with pytest.raises(LowRankError, match=rf"\['{path}'\]"):
-    maestro.nn.check_ranks(
+    maestro.introspect.check_ranks(
       case.model,
       {"params": case.factored},
-      lowrank.unflatten_ranks(flat),
+      trees.unflatten_ranks(flat),
       case.x,
     )
 
@@ -421,14 +423,18 @@ def test_check_ranks_names_a_dense_layer(cases):
   case = cases["remat"]
   params = case.factored | {"last": case.dense["last"]}
   with pytest.raises(LowRankError, match=r"\['last'\]"):
-    maestro.nn.check_ranks(case.model, {"params": params}, case.full, case.x)
+    maestro.introspect.check_ranks(
+      case.model, {"params": params}, case.full, case.x
+    )
 
 
 def test_check_ranks_names_a_scan_without_ranks(cases):
   case = cases["scan"]
   model = case.model.clone(axes=("params",))
   with pytest.raises(LowRankError, match="blocks/Dense_0"):
-    maestro.nn.check_ranks(model, {"params": case.factored}, case.full, case.x)
+    maestro.introspect.check_ranks(
+      model, {"params": case.factored}, case.full, case.x
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -437,12 +443,14 @@ def test_check_ranks_names_a_scan_without_ranks(cases):
 
 
 def test_layers_reads_flax_models_alike(case):
-  assert maestro.nn.layers(case.build(flax.linen), case.x) == case.layers
+  assert (
+    maestro.introspect.layers(case.build(flax.linen), case.x) == case.layers
+  )
 
 
 def test_layers_describes_every_kernel(case):
   for path, spec in case.layers.items():
-    kernel = lowrank.get(case.dense, path)[spec.weight]
+    kernel = trees.get(case.dense, path)[spec.weight]
     assert kernel.shape == spec.kernel_shape
   kernels = [
     path
@@ -483,5 +491,5 @@ def test_layers_adds_up_the_calls_of_a_shared_layer():
       layer = maestro.nn.Dense(4)
       return layer(layer(x)) + layer(x[:, :1])
 
-  spec = maestro.nn.layers(Shared(), jnp.ones((2, 3, 4)))["Dense_0"]
+  spec = maestro.introspect.layers(Shared(), jnp.ones((2, 3, 4)))["Dense_0"]
   assert spec.positions == 3 + 3 + 1

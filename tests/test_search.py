@@ -11,8 +11,10 @@ import warnings
 import pytest
 from absl.testing import flagsaver
 
-from maestro import cli, search, train, workdir
+from maestro import cli, search
 from maestro.errors import Interrupted, UserError
+from maestro.runs import workdir
+from maestro.training import loop as train
 
 DENSE = 0.95
 # lambda -> validation accuracy, params and MACs as fractions of dense = 1000

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from maestro.lowrank import check_rank
 from maestro.ops import xla
+from maestro.trees import check_rank
 
 Rank = int | Int[Array, "*lead"] | np.integer | None
 IMPLEMENTATIONS = {"xla": xla}

@@ -1,0 +1,1 @@
+"""What a network costs, and ranks for a budget. Open `count.py` first."""

@@ -1,0 +1,1 @@
+"""Smaller networks out of a trained one. Open `export.py` first."""

@@ -1,0 +1,402 @@
+"""The directory of an exported model: what is in it, and how it is loaded.
+
+  model.safetensors  params and statistics; factors with the rank axis first
+  config.json        what they are, and the sha256 of every other file
+  card.md            the same for people
+  model.stablehlo    optional: the network with its weights, for `jax.export`
+
+The weights may hold several sizes of one network, its profiles; loading one of
+them reads what it needs (`maestro.packing`). Every byte that is read is
+verified.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from maestro import introspect as nn
+from maestro import lowrank, trees
+from maestro.cost.budget import COSTS, Budget
+from maestro.deploy import files as safetensors_io
+from maestro.deploy import packing
+from maestro.errors import UserError
+from maestro.models import MODELS
+from maestro.runs import workdir as workdir_lib
+from maestro.trees import LayerSpec
+
+FORMAT = "maestro-export"
+
+
+FORMAT_VERSION = 1
+
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class ArtifactError(UserError):
+  """An exported directory cannot be written, read or trusted."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+  """A network read from an exported directory.
+
+  Attributes:
+    model: a Flax module.
+    variables: {"params": ...} and, where it has them, {"batch_stats": ...}.
+    profile: its entry in config.json.
+    config: the whole config.json.
+    bytes_read: of model.safetensors.
+    file_bytes: size of model.safetensors.
+  """
+
+  model: Any
+  variables: dict[str, Any]
+  profile: dict[str, Any]
+  config: dict[str, Any]
+  bytes_read: int
+  file_bytes: int
+
+
+def load(
+  directory: str | os.PathLike,
+  *,
+  model: Any = None,
+  budget: str | None = None,
+  profile: float | str | None = None,
+) -> tuple[Any, dict[str, Any]]:
+  """Loads an exported network: model.apply(variables, x).
+
+  Args:
+    directory: made by `python -m maestro.export`.
+    model: the Flax module, for an architecture that maestro does not have.
+    budget: "macs:0.4", "params:0.4" or "bytes:0.4", a fraction of the dense
+      network: the largest profile within it.
+    profile: the name of a profile, e.g. 0.4. Without both, the largest.
+
+  Returns:
+    The model, and {"params": ..., "batch_stats": ...}; the latter only if it
+    normalises by them.
+
+  Raises:
+    ArtifactError: a file is missing, altered or not ours; the file holds no
+      such profile; or the model is unknown or another one.
+  """
+  loaded = read(directory, model=model, budget=budget, profile=profile)
+  return loaded.model, loaded.variables
+
+
+def read(
+  directory: str | os.PathLike,
+  *,
+  model: Any = None,
+  budget: str | None = None,
+  profile: float | str | None = None,
+) -> Loaded:
+  """Loads as `load` does, and says what was read."""
+  directory = pathlib.Path(directory)
+  config = read_config(directory)
+  with _fields(directory):
+    chosen = _choose(config, budget, profile, directory)
+    if model is None:
+      model = _make_model(config["model"])
+    example = jax.ShapeDtypeStruct(
+      (1, *config["input"]["shape"]), config["input"]["dtype"]
+    )
+    expected, layers = _shapes(model, example, config["model"]["name"])
+    path = directory / WEIGHTS
+    try:
+      with safetensors_io.Reader(path) as reader:
+        _check_header(reader, config, path)
+        blocks = config["tensors"]
+        params, batch_stats = packing.unpack(reader, blocks, chosen, layers)
+    except packing.PackingError as error:
+      raise ArtifactError(
+        f"{path}: {error}; restore the file, or pass as model= the module that"
+        " was exported"
+      ) from error
+    variables = {"params": params}
+    if batch_stats:
+      variables["batch_stats"] = batch_stats
+    _check_fit(variables, expected, layers, path)
+    stored = trees.factored(params)
+    ranks = packing.rank_tree({path: chosen["ranks"][path] for path in stored})
+    # Jitted: one compilation, where op by op there would be hundreds.
+    extract = jax.jit(lambda p: lowrank.extract(p, ranks, layers))
+    variables["params"] = extract(params)
+    variables = jax.tree.map(jnp.asarray, variables)
+    size = config["files"][WEIGHTS]["size"]
+  return Loaded(model, variables, chosen, config, reader.bytes_read, size)
+
+
+def read_config(directory: pathlib.Path) -> dict[str, Any]:
+  """Reads config.json; checks that all files are there, with their sizes."""
+  path = directory / CONFIG
+  try:
+    config = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise ArtifactError(
+      f"cannot read {path} ({error.strerror}); give a directory made by"
+      " python -m maestro.export"
+    ) from error
+  except ValueError as error:
+    raise ArtifactError(
+      f"{path} is not valid JSON ({error}); restore it, or export again"
+    ) from error
+  if not isinstance(config, dict) or config.get("format") != FORMAT:
+    raise ArtifactError(
+      f"{directory} is no directory made by python -m maestro.export: its"
+      f' {CONFIG} has no "format": "{FORMAT}"'
+    )
+  version = config.get("format_version")
+  if version != FORMAT_VERSION:
+    raise ArtifactError(
+      f"{path}: format version {version!r} is unknown, this maestro reads"
+      f" {FORMAT_VERSION}; use the version of maestro that made it"
+      f" ({config.get('source', {}).get('maestro', 'not recorded')})"
+    )
+  with _fields(directory):
+    for name, file in config["files"].items():
+      if not (directory / name).is_file():
+        raise ArtifactError(
+          f"{directory / name} is missing; restore it, or export again"
+        )
+      size = (directory / name).stat().st_size
+      if size != file["size"]:
+        raise ArtifactError(
+          f"{directory / name} is altered: {size} bytes, {file['size']} when"
+          " it was written; restore it, or export again"
+        )
+  return config
+
+
+def verify(directory: str | os.PathLike) -> dict[str, Any]:
+  """Checks the sha256 of every file, read or not by `load`.
+
+  Returns:
+    The content of config.json.
+
+  Raises:
+    ArtifactError: a file is missing or altered.
+  """
+  directory = pathlib.Path(directory)
+  config = read_config(directory)
+  for name, file in config["files"].items():
+    if file_sha256(directory / name) != file["sha256"]:
+      raise ArtifactError(
+        f"{directory / name} is altered: its sha256 is not the one in {CONFIG};"
+        " restore it, or export again"
+      )
+  return config
+
+
+@contextlib.contextmanager
+def _fields(directory: pathlib.Path) -> Iterator[None]:
+  """Turns what a mangled config.json causes into one line."""
+  try:
+    yield
+  except (KeyError, TypeError, IndexError, AttributeError) as error:
+    raise ArtifactError(
+      f"{directory / CONFIG} is broken ({type(error).__name__}: {error});"
+      " restore it, or export again"
+    ) from error
+
+
+def _choose(config, budget, profile, directory) -> dict[str, Any]:
+  """Finds the profile that is asked for; the largest comes first."""
+  profiles = config["profiles"]
+  names = [p["name"] for p in profiles]
+  if budget is not None and profile is not None:
+    raise ArtifactError("load: give `budget` or `profile`, not both")
+  if profile is not None:
+    for p in profiles:
+      if _same_name(p["name"], profile):
+        return p
+    raise ArtifactError(
+      f"{directory} holds no profile {str(profile)!r}; it holds {names}"
+    )
+  if budget is None:
+    return profiles[0]
+  wanted = Budget.parse(budget)
+  kind = wanted.kind
+  if kind not in COSTS:
+    raise ArtifactError(
+      f"budget {budget!r}: load knows what profiles cost in {', '.join(COSTS)},"
+      " not how fast they are here; measure them and give `profile`"
+    )
+  dense = config["dense"][kind]
+  fitting = [p for p in profiles if p[kind] <= wanted.value * dense]
+  if not fitting:
+    least = min(p[kind] for p in profiles) / dense
+    raise ArtifactError(
+      f"budget {budget!r}: {directory} holds no profile that small; the"
+      f" smallest of {names} is {kind}:{math.ceil(1e4 * least) / 1e4:g}"
+    )
+  return max(fitting, key=lambda p: p[kind])
+
+
+def _same_name(name: str, wanted: float | str) -> bool:
+  try:
+    return name == str(wanted) or float(name) == float(wanted)
+  except ValueError:
+    return False
+
+
+def _make_model(record: Mapping[str, Any]) -> Any:
+  name, options = record["name"], record["options"]
+  if name not in MODELS or options is None:
+    raise ArtifactError(
+      f"the architecture {name!r} is not one of this maestro's"
+      f" ({', '.join(MODELS)}); pass model=, the Flax module that was exported"
+    )
+  options = {k: _as_tuple(v) for k, v in options.items()}
+  try:
+    return MODELS[name](**options)
+  except TypeError as error:
+    raise ArtifactError(
+      f"this maestro's {name!r} does not take the options {options} ({error});"
+      " use the version of maestro that made the export, or pass model="
+    ) from error
+
+
+def _as_tuple(value: Any) -> Any:
+  """Lists, as JSON has them, to tuples, which can be hashed."""
+  return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def _shapes(model, example, name) -> tuple[dict, dict[str, LayerSpec]]:
+  """{"params/..." or "batch_stats/...": shape} of the dense model; layers."""
+  try:
+    expected = jax.eval_shape(model.init, jax.random.key(0), example)
+    layers = nn.layers(model, example)
+  except Exception as error:  # a module of the user's may raise anything
+    raise ArtifactError(
+      f"model= is not the exported {name!r}: it does not run on inputs of shape"
+      f" {example.shape}: {str(error).strip().splitlines()[0]}"
+    ) from error
+  flat = traverse_util.flatten_dict(expected, sep="/")
+  return {path: x.shape for path, x in flat.items()}, layers
+
+
+def _check_header(reader: safetensors_io.Reader, config, path) -> None:
+  """The header says how bytes become arrays, so it must be the one written."""
+  if reader.metadata.get("format") != FORMAT:
+    raise ArtifactError(
+      f"{path} is a foreign safetensors file, not written by maestro.export;"
+      " restore the file, or export again"
+    )
+  if sha256(reader.header) != config["header_sha256"]:
+    raise ArtifactError(
+      f"{path} is altered: its header is not the one that {CONFIG} describes;"
+      " restore the file, or export again"
+    )
+
+
+def _check_fit(variables, expected, layers, path) -> None:
+  """Raises unless the arrays are those of the model, in any form."""
+  found = traverse_util.flatten_dict(variables, sep="/")
+  shapes = {name: x.shape for name, x in found.items()}
+  wanted = dict(expected)
+  for layer, node in trees.factored(variables["params"]).items():
+    spec, rank = layers[layer], node["u"].shape[-1]
+    base = f"params/{layer}/" if layer else "params/"
+    if spec.weight not in node:
+      wanted.pop(base + spec.weight, None)
+    wanted[base + "u"] = (*spec.lead, *spec.inputs, rank)
+    wanted[base + "v"] = (*spec.lead, rank, *spec.outputs)
+  for name in sorted(shapes.keys() | wanted.keys()):
+    if shapes.get(name) != wanted.get(name):
+      raise ArtifactError(
+        f"{path} does not fit the model: {name!r} has shape"
+        f" {shapes.get(name, 'none')} there and {wanted.get(name, 'none')} in"
+        " the model; pass as model= the module that was exported"
+      )
+
+
+def sha256(data: bytes) -> str:
+  """Returns the digest of bytes."""
+  return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: pathlib.Path) -> str:
+  """Returns the digest of a file's content."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------
+def check_target(out: pathlib.Path) -> None:
+  """Raises unless a directory is free, or holds an earlier export and no more.
+
+  Raises:
+    ArtifactError: there is something else.
+  """
+  if not out.exists():
+    return
+  if not out.is_dir():
+    raise ArtifactError(f"--out={out} is a file; choose another --out")
+  names = {path.name for path in out.iterdir()}
+  if not names:
+    return
+  try:
+    config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+    ours = {CONFIG, *config["files"]} if config["format"] == FORMAT else set()
+  except (OSError, ValueError, KeyError, TypeError):
+    ours = set()
+  if foreign := sorted(names - ours):
+    raise ArtifactError(
+      f"--out={out} holds what no export wrote ({', '.join(foreign[:3])}"
+      f"{', ...' if foreign[3:] else ''}); it is not overwritten: choose"
+      " another --out, or empty it"
+    )
+
+
+@contextlib.contextmanager
+def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a directory that takes the place of `out` once it is complete."""
+  new, old = (
+    out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("new", "old")
+  )
+  try:
+    new.mkdir(parents=True)
+    yield new
+    check_target(out)
+    if out.exists():
+      out.rename(old)
+    new.rename(out)
+  except OSError as error:
+    raise ArtifactError(
+      f"cannot write --out={out}: {error.strerror or error}; free space or"
+      " choose another --out"
+    ) from error
+  finally:
+    if old.exists() and not out.exists():
+      old.rename(out)  # the new one could not take its place
+    for path in (new, old):
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def write_config(new: pathlib.Path, config: dict) -> None:
+  """Writes config.json with the sizes and digests of the other files."""
+  config["files"] = {
+    path.name: {
+      "size": path.stat().st_size,
+      "sha256": file_sha256(path),
+    }
+    for path in sorted(new.iterdir())
+    if path.name != CONFIG
+  }
+  workdir_lib.write_json(new / CONFIG, workdir_lib.plain(config))

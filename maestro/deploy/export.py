@@ -1,0 +1,377 @@
+"""Cuts a smaller network out of a trained run, checks it, writes it.
+
+  python -m maestro.export --workdir=runs/lenet_od --out=lenet_small
+  python -m maestro.export --workdir=runs/lenet_od --checkpoint=discover \
+      --budget=macs:0.5 --out=lenet_half
+  python -m maestro.export --workdir=runs/lenet_od --checkpoint=discover \
+      --profiles=0.8,0.6,0.4,0.25 --out=lenet_any
+
+Truncates the factors, merges the layers whose dense kernel is cheaper, compares
+with the masked network (an error above --tolerance), computes batch-norm
+statistics anew, evaluates, measures the latency, and writes a directory that
+stands alone: model.safetensors, config.json, card.md and model.stablehlo. Load
+it by maestro.load(directory), or the StableHLO by jax.export, without maestro.
+
+Without --budget, --ranks or --profiles, the checkpoint's own ranks are kept.
+--profiles are fractions of the dense network's MACs; one file then holds all of
+them, and loading one reads only its part. docs/export.md says more.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import maestro
+from maestro import data as data_lib
+from maestro import lowrank, trees
+from maestro.cost import budget as budget_lib
+from maestro.cost import profiles as profiles_lib
+from maestro.cost.count import Cost, count_cost
+from maestro.cost.latency import measure_latencies
+from maestro.deploy import artifact, card, packing, stablehlo, verify
+from maestro.deploy import choose as allocate
+from maestro.deploy import files as safetensors_io
+from maestro.deploy.artifact import FORMAT, FORMAT_VERSION, WEIGHTS
+from maestro.deploy.packing import Profile
+from maestro.errors import UserError
+from maestro.models import MODELS
+from maestro.parallel.mesh import make_mesh
+from maestro.runs.provenance import git_commit
+from maestro.training import build
+
+STABLEHLO, CARD = "model.stablehlo", "card.md"
+
+
+_BATCHES = (1, 64)  # at which latency is measured
+
+
+class ExportError(UserError):
+  """A network cannot be exported, or is not equal to what it was cut from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A network to cut out of a run.
+
+  Attributes:
+    name: by which it is loaded.
+    ranks: rank tree.
+    budget: that the ranks were chosen for, None if there was none.
+  """
+
+  name: str
+  ranks: Any
+  budget: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a network is exported.
+
+  Attributes:
+    tolerance: largest relative difference to the masked network, in float32.
+    keep_statistics: keeps the run's batch-norm statistics, which belong to
+      other ranks, instead of computing them anew from training data.
+    stablehlo: writes model.stablehlo, of the largest size.
+    repeats: forward passes of which the latency is the median; 0 measures none.
+  """
+
+  tolerance: float = 1e-4
+  keep_statistics: bool = False
+  stablehlo: bool = True
+  repeats: int = 30
+
+
+def export(
+  run: build.Run,
+  out: str | os.PathLike,
+  sizes: Sequence[Size] = (),
+  *,
+  checkpoint: str = "final",
+  dataset: data_lib.Dataset | None = None,
+  options: Options = Options(),
+  log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Writes networks of one run, nested and the largest first, to a directory.
+
+  Args:
+    run: from `maestro.build.open_run`.
+    out: directory to make; an earlier export there is replaced.
+    sizes: what to cut out; () is the run at its own ranks.
+    checkpoint: which one `run` is, for the record.
+    dataset: of the run; None leaves out what needs data.
+    options: see `Options`.
+    log: called with lines about the progress.
+
+  Returns:
+    The content of config.json.
+
+  Raises:
+    ExportError: the directory is something else, data is needed but not there,
+      or a network differs from the masked one by more than the tolerance.
+    UserError: sizes are not nested, or a weight is factorised twice.
+  """
+  out = pathlib.Path(out).absolute()
+  artifact.check_target(out)
+  sizes = sizes or (Size("own", run.ranks),)
+  # Before anything that takes long.
+  packing.check_nested(
+    [Profile(s.name, trees.flatten_ranks(s.ranks), {}) for s in sizes]
+  )
+  # The statistics of a dense run belong to it; those of a factored one were
+  # gathered while its ranks were sampled.
+  fresh = bool(run.batch_stats and run.ranks) and not options.keep_statistics
+  if fresh and dataset is None:
+    raise ExportError(
+      f"the batch-norm statistics of {run.workdir} must be computed anew for"
+      f" the ranks of the export, from training data of {run.facts.data!r},"
+      " which is not there; prepare it, or keep the run's by --keep_statistics"
+    )
+  outputs = verify.make_outputs(run.model, run.facts.example)
+  networks, records = [], []
+  for size in sizes:
+    variables, record = _cut(run, size, outputs, options.tolerance)
+    log(
+      f"{size.name}: {record['params']:,} parameters, {record['macs']:,} MACs,"
+      f" {record['difference']['masked']:.1e} from the masked network"
+    )
+    networks.append(variables)
+    records.append(record)
+  if dataset is not None:
+    networks = _with_data(run, networks, records, dataset, fresh)
+  else:
+    log("no data set: not evaluated")
+  config = _describe(run, records, checkpoint, fresh)
+  _add_latency(run, networks, sizes, config, options.repeats)
+  with artifact.new_directory(out) as new:
+    profiles = [
+      Profile(size.name, record["ranks"], network.get("batch_stats", {}))
+      for size, record, network in zip(sizes, records, networks, strict=True)
+    ]
+    tensors, config["tensors"] = packing.pack(run.params, profiles, run.layers)
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    header = safetensors_io.write(new / WEIGHTS, tensors, metadata)
+    config["header_sha256"] = artifact.sha256(header)
+    if options.stablehlo:
+      hlo = _write_stablehlo(run, new, networks[0], outputs, options.tolerance)
+      config["stablehlo"] = {"profile": sizes[0].name, **hlo}
+    artifact.write_config(new, config)
+    for network, record in zip(networks, records, strict=True):
+      _check_reloaded(run, new, network, record, outputs, options.tolerance)
+    text = card.make_card(config, out.name)
+    (new / CARD).write_text(text, encoding="utf-8")
+    artifact.write_config(new, config)
+  log("\n" + card.text_table(card.rows(config)) + "\n")
+  for line in card.checks(config):
+    log(f"difference {line}")
+  for line in card.slower(config):
+    log(line)
+  log(f"wrote {out}")
+  return config
+
+
+# ---------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------
+def _cut(
+  run: build.Run, size: Size, outputs: Callable, tolerance: float
+) -> tuple[dict, dict]:
+  """Extracts a network, compares it with the masked one, counts its cost."""
+  norms = {"batch_stats": run.batch_stats} if run.batch_stats else {}
+  # Jitted: one compilation, where op by op there would be hundreds.
+  small = jax.jit(lambda p: lowrank.extract(p, size.ranks, run.layers))(
+    run.params
+  )
+  found = verify.difference(
+    outputs({"params": run.params, **norms}, size.ranks),
+    outputs({"params": small, **norms}),
+  )
+  what = f"{size.name}: the extracted network"
+  verify.check(found, tolerance, what, "the masked one")
+  cost = count_cost(run.layers, small)
+  flat = trees.flatten_ranks(size.ranks)
+  record = {
+    "name": size.name,
+    "budget": size.budget,
+    "ranks": {path: np.asarray(rank).tolist() for path, rank in flat.items()},
+    "forms": {layer.path: layer.form for layer in cost.layers},
+    **_totals(cost),
+    "difference": {"masked": found},
+    "metrics": {},
+    "latency_ms": {},
+  }
+  return {"params": small, **norms}, record
+
+
+def _totals(cost: Cost) -> dict[str, int]:
+  return {kind: getattr(cost, kind) for kind in budget_lib.COSTS}
+
+
+def _with_data(run, networks, records, dataset, fresh) -> list[dict]:
+  """Gives networks their own batch statistics, then evaluates them."""
+  c, mesh = run.config, make_mesh(1)
+  recalibrate = build.make_recalibrator(c, run.model, dataset, mesh)
+  evaluate = build.make_evaluator(c, run.model, dataset, mesh)
+  done = []
+  for network, record in zip(networks, records, strict=True):
+    network = recalibrate(network) if fresh else network
+    record["metrics"] = {
+      "val": evaluate(network, dataset.val),
+      "test": evaluate(network, dataset.test),
+    }
+    done.append(network)
+  return done
+
+
+def _add_latency(run, networks, sizes, config, repeats) -> None:
+  """Measures the dense network, the factors not merged, and each export."""
+  norms = {"batch_stats": run.batch_stats} if run.batch_stats else {}
+  dense = jax.jit(lambda p: lowrank.merge(p, run.layers))(run.params)
+  forms = {"dense": {"params": dense}}
+  config["dense"] = _totals(count_cost(run.layers, dense))
+  targets = [config["dense"], *config["profiles"]]
+  names = ["dense", *(f"exported {size.name}" for size in sizes)]
+  if len(sizes) == 1 and run.ranks:
+    factors = lowrank.truncate(run.params, sizes[0].ranks)
+    forms["factored"] = {"params": factors}
+    config["factored"] = _totals(count_cost(run.layers, factors))
+    targets.insert(1, config["factored"])
+    names.insert(1, "factored")
+  forms = {name: form | norms for name, form in forms.items()}
+  forms |= dict(zip(names[-len(sizes) :], networks, strict=True))
+  times = {
+    batch: measure_latencies(
+      run.model,
+      [forms[name] for name in names],
+      run.facts.example,
+      batch_size=batch,
+      repeats=repeats,
+    )
+    for batch in (_BATCHES if repeats else ())
+  }
+  for i, target in enumerate(targets):
+    target["latency_ms"] = {str(batch): t[i] for batch, t in times.items()}
+
+
+# ---------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------
+def _describe(run: build.Run, records, checkpoint: str, fresh: bool) -> dict:
+  """Begins config.json."""
+  facts, section = run.facts, dict(run.config.model)
+  name = section.pop("name")
+  options = {k: v for k, v in section.items() if v is not None}
+  if MODELS.get(name) is not type(run.model):  # of the user's own
+    name, options = type(run.model).__name__, None
+  elif "num_classes" in type(run.model).__dataclass_fields__:
+    options["num_classes"] = facts.num_classes
+  device = jax.devices()[0]
+  kept = "computed anew for each size, from training data"
+  if not fresh:
+    kept = "the run's own" if run.batch_stats else "none, as nothing needs them"
+  return {
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "model": {"name": name, "options": options},
+    "data": facts.data,
+    "num_classes": facts.num_classes,
+    "input": {
+      "shape": facts.input_shape,
+      "dtype": facts.input_dtype,
+      "normalization": facts.normalization,
+    },
+    "source": {
+      "workdir": str(run.workdir),
+      "checkpoint": checkpoint,
+      "step": run.step,
+      "git": git_commit(),
+      "maestro": maestro.__version__,
+      "jax": jax.__version__,
+      "device": f"{device.platform}: {device.device_kind}",
+    },
+    "statistics": kept,
+    "dense": {},
+    "profiles": records,
+    "stablehlo": None,
+  }
+
+
+def _write_stablehlo(run, new, network, outputs, tolerance) -> dict:
+  """Writes model.stablehlo, and compares it with the network."""
+  path = new / STABLEHLO
+  record = stablehlo.write(path, run.model, network, run.facts.example)
+  expected = outputs(network)
+  again = stablehlo.read(path)(verify.make_inputs(run.facts.example))
+  exact = jax.default_backend() == "cpu" and again.dtype.itemsize >= 4
+  if not exact:
+    tolerance = max(tolerance, 3e-2)  # its products are in less than float32
+  found = verify.difference(expected, again)
+  verify.check(found, tolerance, STABLEHLO, "the exported network")
+  return record | {"difference": found}
+
+
+def _check_reloaded(run, new, network, record, outputs, tolerance) -> None:
+  """Compares what was written with what is in memory."""
+  loaded = artifact.read(new, model=run.model, profile=record["name"])
+  found = verify.difference(outputs(network), outputs(loaded.variables))
+  verify.check(found, tolerance, f"{record['name']}: the file", "the network")
+  record["difference"]["reloaded"] = found
+  record["read_bytes"] = loaded.bytes_read
+
+
+# ---------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------
+def choose_sizes(
+  run: build.Run,
+  *,
+  budget: str | None = None,
+  ranks: str | None = None,
+  profiles: Sequence[str] = (),
+  rule: str | None = None,
+  dataset: data_lib.Dataset | None = None,
+  log: Callable[[str], None] | None = None,
+) -> tuple[Size, ...]:
+  """Turns what a command line asks for into sizes; () is the run's own ranks.
+
+  Args:
+    run: from `maestro.build.open_run`.
+    budget: "kind:value", see `maestro.budget`.
+    ranks: path of a profile file, {"ranks": {layer path: rank}}.
+    profiles: fractions of the dense network's MACs.
+    rule: of `maestro.allocate`; None is greedy, and dp for profiles.
+    dataset: of the run, for the rules that measure.
+    log: called with lines about the progress of a long search.
+
+  Raises:
+    UserError: more than one is given, or one does not fit the run.
+  """
+  if sum(map(bool, (budget, ranks, profiles))) > 1:
+    raise ExportError("give one of --budget, --ranks and --profiles")
+  if ranks:
+    profile = profiles_lib.read_profile(ranks)
+    tree = profiles_lib.parse_profile(
+      profile, run.layers, run.params, run.ranks
+    )
+    return (Size(pathlib.Path(ranks).stem, tree),)
+  if not (budget or profiles):
+    return ()
+  wanted = [budget_lib.Budget.parse(budget)] if budget else []
+  wanted += {budget_lib.Budget.parse(f"macs:{text}") for text in profiles}
+  wanted.sort(key=lambda b: -b.value)
+  trees = allocate.choose_profiles(  # nested
+    run,
+    wanted,
+    rule=rule or ("greedy" if budget else "dp"),
+    dataset=dataset,
+    log=log,
+  )
+  return tuple(
+    Size(str(b).removeprefix("macs:"), tree, str(b))
+    for b, tree in zip(wanted, trees, strict=True)
+  )

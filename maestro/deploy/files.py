@@ -1,0 +1,198 @@
+"""Writes safetensors files, and reads any run of rows of a tensor alone.
+
+The format: 8 bytes, the length n of the header (little-endian); n bytes of
+JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}} with text under
+"__metadata__"; then the tensors, C-contiguous and little-endian, without gaps.
+Its own library reads a whole file to slice a tensor. The reader here reads the
+header and the rows that are asked for, and counts what it reads.
+"""
+
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from maestro.errors import UserError
+
+DTYPES = {
+  "BOOL": np.dtype(np.bool_),
+  "U8": np.dtype(np.uint8),
+  "I8": np.dtype(np.int8),
+  "I16": np.dtype(np.int16),
+  "U16": np.dtype(np.uint16),
+  "I32": np.dtype(np.int32),
+  "U32": np.dtype(np.uint32),
+  "I64": np.dtype(np.int64),
+  "U64": np.dtype(np.uint64),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(jnp.bfloat16),
+  "F32": np.dtype(np.float32),
+  "F64": np.dtype(np.float64),
+}
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+_METADATA = "__metadata__"
+
+
+_MAX_HEADER = 100_000_000  # the limit of the format's own library
+
+
+class SafetensorsError(UserError):
+  """A file is no safetensors file, is broken, or lacks what is asked for."""
+
+
+def write(
+  path: str | os.PathLike,
+  tensors: Mapping[str, np.ndarray],
+  metadata: Mapping[str, str] | None = None,
+) -> bytes:
+  """Writes tensors to a new file and returns its header, length included.
+
+  Raises:
+    SafetensorsError: a tensor is of a dtype that the format has not.
+  """
+  arrays = {name: np.asarray(x) for name, x in tensors.items()}
+  for name, x in arrays.items():
+    if x.dtype not in _NAMES:
+      raise SafetensorsError(
+        f"{name!r}: dtype {x.dtype} cannot be stored; one of {sorted(DTYPES)}"
+      )
+  # The widest first, so that every tensor is aligned.
+  order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+  header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+  end = 0
+  for name in order:
+    x = arrays[name]
+    header[name] = {
+      "dtype": _NAMES[x.dtype],
+      "shape": list(x.shape),
+      "data_offsets": [end, end + x.nbytes],
+    }
+    end += x.nbytes
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  head = struct.pack("<Q", len(text)) + text
+  with pathlib.Path(path).open("xb") as file:
+    file.write(head)
+    for name in order:
+      file.write(data_of(arrays[name]))
+    file.flush()
+    os.fsync(file.fileno())
+  return head
+
+
+def data_of(x: np.ndarray) -> bytes:
+  """Returns the bytes of an array as the format stores them."""
+  little = x.dtype.newbyteorder("<") if x.dtype.kind in "iuf" else x.dtype
+  return np.ascontiguousarray(x, dtype=little).tobytes()
+
+
+class Reader:
+  """Reads rows of the tensors of one file; a context manager.
+
+  Attributes:
+    shapes: {name: shape}.
+    metadata: {name: text}.
+    header: the first bytes of the file, up to the first tensor.
+    bytes_read: how many bytes have been read from the file so far.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self._path = pathlib.Path(path)
+    self.bytes_read = 0
+    try:
+      # Without a buffer, which would read more than it is asked for.
+      self._file: BinaryIO = open(self._path, "rb", buffering=0)  # noqa: SIM115
+    except OSError as error:
+      raise SafetensorsError(
+        f"cannot read {self._path}: {error.strerror}"
+      ) from error
+    try:
+      self._read_header()
+    except BaseException:
+      self.close()
+      raise
+
+  def _read_header(self) -> None:
+    start = self._read(0, 8, "its header")
+    (n,) = struct.unpack("<Q", start)
+    size = os.fstat(self._file.fileno()).st_size
+    if not 2 <= n <= min(size - 8, _MAX_HEADER):
+      raise self._broken(f"no header of {n} bytes can be in it")
+    text = self._read(8, n, "its header")
+    self.header = start + text
+    try:
+      header = json.loads(text)
+      self.metadata = dict(header.pop(_METADATA, {}))
+      self.shapes: dict[str, tuple[int, ...]] = {}
+      self._dtypes: dict[str, np.dtype] = {}
+      self._begins: dict[str, int] = {}
+      for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+        whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+        if not whole or end - begin != math.prod(shape) * dtype.itemsize:
+          raise ValueError(f"the offsets of {name!r} do not fit its shape")
+        if 8 + n + end > size:
+          raise ValueError(f"{name!r} ends beyond the end of the file")
+        self.shapes[name], self._dtypes[name] = shape, dtype
+        self._begins[name] = 8 + n + begin
+    except KeyError as error:
+      raise self._broken(f"unknown dtype or missing key {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+      raise self._broken(str(error)) from error
+
+  def _broken(self, why: str) -> SafetensorsError:
+    return SafetensorsError(f"{self._path} is no valid safetensors file: {why}")
+
+  def _read(self, begin: int, size: int, what: str) -> bytes:
+    self._file.seek(begin)
+    chunks, missing = [], size
+    while missing:  # one read may return less, a very large one always does
+      chunk = self._file.read(missing)
+      if not chunk:
+        raise self._broken(f"it ends within {what}")
+      self.bytes_read += len(chunk)
+      missing -= len(chunk)
+      chunks.append(chunk)
+    return b"".join(chunks)
+
+  def read(
+    self, name: str, start: int = 0, stop: int | None = None
+  ) -> np.ndarray:
+    """Reads rows [start, stop) of a tensor; all by default, or if a scalar."""
+    if name not in self.shapes:
+      raise SafetensorsError(f"{self._path} holds no tensor {name!r}")
+    shape, dtype = self.shapes[name], self._dtypes[name]
+    begin, size = self._begins[name], math.prod(shape) * dtype.itemsize
+    if shape:
+      stop = shape[0] if stop is None else stop
+      if not 0 <= start <= stop <= shape[0]:
+        raise SafetensorsError(
+          f"{self._path}: {name!r} has {shape[0]} rows, not {start} to {stop}"
+        )
+      row = math.prod(shape[1:]) * dtype.itemsize
+      begin, size = begin + start * row, (stop - start) * row
+      shape = (stop - start, *shape[1:])
+    data = self._read(begin, size, repr(name))
+    little = dtype.newbyteorder("<") if dtype.kind in "iuf" else dtype
+    return np.frombuffer(data, little).astype(dtype).reshape(shape)
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+  def __enter__(self) -> "Reader":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()

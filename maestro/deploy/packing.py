@@ -1,0 +1,233 @@
+"""Lays out all sizes of a network in one file, so that each is a prefix of it.
+
+  params/<layer>/u            [R, *lead, *inputs]: the rank axis first
+  params/<layer>/v            [R, *lead, *outputs]
+  params/<layer>/<leaf>       kernel, bias, ... as they are
+  batch_stats/<profile>/...   one set for each profile
+
+The ranks of the profiles are nested, so the first rows of a factor are that
+factor of a smaller profile. Each tensor comes with the sha256 of its blocks:
+of a factor, the rows between the ranks of consecutive profiles.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from maestro import lowrank, trees
+from maestro.deploy import files as safetensors_io
+from maestro.errors import UserError
+from maestro.trees import LayerSpec
+
+
+class PackingError(UserError):
+  """Profiles or weights cannot be laid out, or a file does not hold them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """One size of a network.
+
+  Attributes:
+    name: by which it is loaded, e.g. "0.4".
+    ranks: {layer path: rank}, a list of ranks if stacked or grouped.
+    batch_stats: of the network at these ranks; {} without normalisation.
+  """
+
+  name: str
+  ranks: Mapping[str, Any]
+  batch_stats: Any
+
+
+def rank_tree(ranks: Mapping[str, Any]) -> dict:
+  """Turns {layer path: integer or list} into a tree as `lowrank` takes it."""
+  return trees.unflatten_ranks(
+    {path: np.asarray(rank, np.int32) for path, rank in ranks.items()}
+  )
+
+
+def _stored(rank: Any) -> int:
+  """Rows that a factor needs: the largest rank of a stacked layer."""
+  return int(np.max(rank, initial=0))
+
+
+def _sha256(x: np.ndarray) -> str:
+  return hashlib.sha256(safetensors_io.data_of(x)).hexdigest()
+
+
+def _join(*names: str) -> str:
+  return "/".join(filter(None, names))
+
+
+def pack(
+  params: Any, profiles: Sequence[Profile], layers: Mapping[str, LayerSpec]
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+  """Lays a network out for a file that holds all of its profiles.
+
+  A layer that has one rank in all profiles, at which its dense kernel is
+  cheaper, is stored merged. One whose kernel is cheaper in some profiles only
+  is stored as factors, and merged by who reads it.
+
+  Args:
+    params: of the network, factors at least as long as the largest ranks.
+    profiles: the largest first, in every layer at most the one before. They
+      name every layer that holds factors.
+    layers: {path: LayerSpec}.
+
+  Returns:
+    {name: array}, and {name: {"sha256": of each block, "rows": where the blocks
+    of a factor end}}; what is no factor is one block.
+
+  Raises:
+    PackingError: profiles are not nested, or a weight is in there twice.
+  """
+  check_nested(profiles)
+  largest = rank_tree(profiles[0].ranks)
+  ends = {
+    path: sorted({_stored(p.ranks[path]) for p in profiles})
+    for path in trees.factored(params)
+  }
+
+  def where(path: str) -> bool:
+    spec, sizes = layers[path], ends[path]
+    cheap = lowrank.dense_is_cheaper(spec.n_in, spec.n_out, sizes[-1])
+    return cheap and len(sizes) == 1
+
+  @jax.jit  # one compilation, where op by op there would be hundreds
+  def cut(params):
+    return lowrank.merge(lowrank.truncate(params, largest), layers, where=where)
+
+  params = jax.device_get(cut(params))
+  tensors: dict[str, np.ndarray] = {}
+  blocks: dict[str, dict[str, Any]] = {}
+  factored = trees.factored(params)
+  for path, x in traverse_util.flatten_dict(params, sep="/").items():
+    layer, _, leaf = path.rpartition("/")
+    name = f"params/{path}"
+    if layer in factored and leaf in ("u", "v"):
+      x = np.moveaxis(x, _rank_axis(leaf, x.ndim, layers[layer]), 0)
+      rows = [end for end in ends[layer] if end]
+      parts = np.split(x, rows[:-1]) if rows else []
+      blocks[name] = {"sha256": [_sha256(p) for p in parts], "rows": rows}
+    else:
+      blocks[name] = {"sha256": [_sha256(x)]}
+    tensors[name] = x
+  for profile in profiles:
+    flat = traverse_util.flatten_dict(profile.batch_stats, sep="/")
+    for path, x in flat.items():
+      name = f"batch_stats/{profile.name}/{path}"
+      tensors[name] = np.asarray(x)
+      blocks[name] = {"sha256": [_sha256(tensors[name])]}
+  _check_ties(tensors, blocks, factored)
+  return tensors, blocks
+
+
+def unpack(
+  reader: safetensors_io.Reader,
+  blocks: Mapping[str, Mapping[str, Any]],
+  profile: Mapping[str, Any],
+  layers: Mapping[str, LayerSpec],
+) -> tuple[dict, dict]:
+  """Reads one profile, and no byte of what belongs to larger ones alone.
+
+  Args:
+    reader: of the file.
+    blocks: as `pack` returned them.
+    profile: {"name": ..., "ranks": {layer path: rank}}.
+    layers: {path: LayerSpec} of the model.
+
+  Returns:
+    Trees of host arrays: params, whose factors are cut but not merged, and
+    batch_stats.
+
+  Raises:
+    PackingError: a block is not what was written, or does not fit the layers.
+  """
+  statistics = f"batch_stats/{profile['name']}/"
+  params, batch_stats = {}, {}
+  for name, block in blocks.items():
+    if "rows" in block:
+      path = name.removeprefix("params/")
+      layer, _, leaf = path.rpartition("/")
+      rank = profile["ranks"][layer]
+      if layer not in layers or _stored(rank) not in (0, *block["rows"]):
+        raise PackingError(
+          f"layer {layer!r} at rank {rank} is not what the file holds, which is"
+          f" {block['rows']}; the model's layers are {sorted(layers)}"
+        )
+      x = _read_rows(reader, name, block, _stored(rank))
+      axis = _rank_axis(leaf, x.ndim, layers[layer])
+      params[path] = np.moveaxis(x, 0, axis)
+    elif name.startswith("params/"):
+      params[name.removeprefix("params/")] = _read_all(reader, name, block)
+    elif name.startswith(statistics):
+      x = _read_all(reader, name, block)
+      batch_stats[name.removeprefix(statistics)] = x
+  return (
+    traverse_util.unflatten_dict(params, sep="/"),
+    traverse_util.unflatten_dict(batch_stats, sep="/"),
+  )
+
+
+def _rank_axis(leaf: str, ndim: int, spec: LayerSpec) -> int:
+  """The rank axis of u or v where it is not first, as layers hold them."""
+  return ndim - 1 if leaf == "u" else len(spec.lead)
+
+
+def _read_rows(reader, name, block, rank) -> np.ndarray:
+  parts = [reader.read(name, 0, 0)]  # rank 0 has a shape, too
+  start = 0
+  for stop, digest in zip(block["rows"], block["sha256"], strict=True):
+    if stop <= rank:
+      parts.append(_verified(reader.read(name, start, stop), digest, name))
+    start = stop
+  return np.concatenate(parts)
+
+
+def _read_all(reader, name, block) -> np.ndarray:
+  return _verified(reader.read(name), block["sha256"][0], name)
+
+
+def _verified(x: np.ndarray, digest: str, name: str) -> np.ndarray:
+  if _sha256(x) != digest:
+    raise PackingError(f"tensor {name!r} is altered: not what was written")
+  return x
+
+
+def check_nested(profiles: Sequence[Profile]) -> None:
+  """Raises unless names differ and no rank rises from one to the next."""
+  names = [p.name for p in profiles]
+  if len(set(names)) < len(names):
+    raise PackingError(f"profiles {names}: a name is in there twice")
+  for large, small in itertools.pairwise(profiles):
+    for path, rank in large.ranks.items():
+      if np.any(np.asarray(small.ranks[path]) > np.asarray(rank)):
+        raise PackingError(
+          f"profiles are not nested: layer {path!r} has rank {rank} in"
+          f" {large.name!r}, but {small.ranks[path]} in {small.name!r} after"
+          " it; one file can only hold the largest first"
+        )
+
+
+def _check_ties(tensors, blocks, factored) -> None:
+  """Raises if two layers hold the same factor: one weight, factorised twice."""
+  seen: dict[Any, str] = {}
+  for path in factored:
+    for leaf in ("u", "v"):
+      name = _join("params", path, leaf)
+      if not np.any(tensors[name]):
+        continue  # vanished, or of rank 0
+      key = (tensors[name].shape, *blocks[name]["sha256"])
+      other = seen.setdefault(key, path)
+      if other != path:
+        raise PackingError(
+          f"layers {other!r} and {path!r} hold the same factors: a tied weight"
+          " that was factorised twice. Use one module in both places, so that"
+          " the parameters hold it once, or keep one of them dense by a rule"
+        )

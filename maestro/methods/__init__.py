@@ -1,0 +1,1 @@
+"""Methods as choices of pieces. Open `table.py` first, then `bind.py`."""

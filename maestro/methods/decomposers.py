@@ -1,0 +1,95 @@
+"""How dense kernels become factors: the decomposers that a method can name."""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from maestro import lowrank, trees
+from maestro.methods import calibrate
+from maestro.trees import Layers, LayerSpec, Tree
+
+
+# ---------------------------------------------------------------------------
+# Decomposers: (params, rules, layers, moments=, key=, options) -> params
+# ---------------------------------------------------------------------------
+def svd(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
+  """Takes the best approximation of each kernel: `lowrank.decompose`.
+
+  At the start of training this is spectral initialisation.
+  """
+  del moments, key
+  return lowrank.decompose(params, rules, layers)
+
+
+def data(
+  params: Tree, rules, layers: Layers, *, moments, key, examples: int = 512
+) -> dict:
+  """Takes the best approximation of each layer's outputs on training data.
+
+  See `maestro.calibrate`; `examples` training examples are its data.
+  """
+  del key
+  return calibrate.decompose(params, rules, layers, moments(examples))
+
+
+def random(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
+  """Forgets the kernel: normal u and v, whose product has its mean square.
+
+  E (u @ v)_ij^2 = mean(K^2),   E u_ik^2 = E v_kj^2
+  """
+  del moments
+  changes = {}
+  for path, rank, key_u, key_v in _selected(rules, layers, key):
+    spec, node = layers[path], trees.get(params, path)
+    kernel = node[spec.weight]
+    square = jnp.mean(kernel.astype(jnp.float32) ** 2)
+    scale = ((square / max(rank, 1)) ** 0.25).astype(kernel.dtype)
+    shape_u, shape_v = _factor_shapes(spec, rank)
+    changes[path] = {k: x for k, x in node.items() if k != spec.weight} | {
+      "u": scale * jax.random.normal(key_u, shape_u, kernel.dtype),
+      "v": scale * jax.random.normal(key_v, shape_v, kernel.dtype),
+    }
+  return trees.replace(params, changes)
+
+
+def adapter(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
+  """Keeps the kernel and adds factors: u random, v zero (Hu et al., 2022).
+
+    weight = kernel + u @ v,   u ~ N(0, 1 / in)
+
+  so that the function is as it was.
+  """
+  del moments
+  changes = {}
+  for path, rank, key_u, _ in _selected(rules, layers, key):
+    spec, node = layers[path], trees.get(params, path)
+    dtype = node[spec.weight].dtype
+    shape_u, shape_v = _factor_shapes(spec, rank)
+    u = jax.random.normal(key_u, shape_u, dtype)
+    changes[path] = dict(node) | {
+      "u": u / math.sqrt(spec.n_in),
+      "v": jnp.zeros(shape_v, dtype),
+    }
+  return trees.replace(params, changes)
+
+
+def _selected(rules, layers: Layers, key: jax.Array) -> Iterator[tuple]:
+  """Yields (path, rank, a key for u, one for v) of the layers to decompose."""
+  for i, (path, rank) in enumerate(lowrank.resolve(rules, layers).items()):
+    if rank is not None:
+      yield path, rank, *jax.random.split(jax.random.fold_in(key, i))
+
+
+def _factor_shapes(spec: LayerSpec, rank: int) -> tuple[tuple, tuple]:
+  return (
+    (*spec.lead, *spec.inputs, rank),
+    (*spec.lead, rank, *spec.outputs),
+  )
+
+
+DECOMPOSERS = {"svd": svd, "data": data, "random": random, "adapter": adapter}
+
+
+SUPPLIED = ("params", "rules", "layers", "moments", "key")

@@ -1,0 +1,52 @@
+"""Spectra of dense kernels, and kernels put together from parts of them."""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maestro import trees as lowrank
+from maestro.methods.rank_rules import Spectra
+from maestro.trees import Layers, Tree
+
+
+# ---------------------------------------------------------------------------
+# Spectra and truncation of dense kernels
+# ---------------------------------------------------------------------------
+@jax.jit
+def svds(kernels: Mapping[str, jax.Array]) -> dict:
+  return {
+    path: jnp.linalg.svd(k.astype(jnp.float32), full_matrices=False)
+    for path, k in kernels.items()
+  }
+
+
+@jax.jit
+def put_together(
+  parts: Mapping, ranks: Mapping[str, int], t: jax.Array
+) -> dict:
+  """Puts kernels together from `rank` components, singular values less t."""
+  matrices = {}
+  for path, (u, s, vt) in parts.items():
+    live = jnp.arange(s.shape[-1]) < ranks[path]
+    s = jnp.where(live, jnp.maximum(s - t, 0.0), 0.0)
+    matrices[path] = jnp.matmul(
+      u * s[..., None, :], vt, precision=jax.lax.Precision.HIGHEST
+    )
+  return matrices
+
+
+def matrices(params: Tree, layers: Layers, paths: Iterable[str]) -> dict:
+  """Returns dense kernels as matrices [*lead, in, out]."""
+  return {
+    path: lowrank.to_matrix(
+      lowrank.get(params, path)[layers[path].weight], layers[path]
+    )
+    for path in paths
+  }
+
+
+def spectra(params: Tree, layers: Layers, paths: Iterable[str]) -> Spectra:
+  parts = svds(matrices(params, layers, paths))
+  return {path: np.asarray(s) for path, (_, s, _) in parts.items()}

@@ -1,0 +1,161 @@
+"""Low-rank training methods, each written out as a choice of small pieces.
+
+A method says how a dense kernel becomes factors, when, at which ranks, what is
+sampled, penalised and shrunk, and what is trained. The pieces are functions in
+`maestro.pieces`; the loop knows them and no method. config.method is a name in
+`METHODS`, or that name and pieces that differ:
+
+  method: pufferfish
+  method: {name: pufferfish, ranks: {name: fraction, fraction: 0.5}}
+
+docs/adding_a_method.md adds one. Defaults are the papers' where docstrings say
+so, and otherwise ours.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+TIMES = ("start", "settle", "end")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """The pieces of a method; sections are {"name": ..., options}.
+
+  Attributes:
+    decompose: when the kernels that config.rules select become factors:
+      "start"; "settle", at the start of the settle phase, with a fresh
+      optimizer; "end", after the last step; None is never.
+    decomposer: how, see `pieces.DECOMPOSERS`.
+    ranks: at which ranks, see `pieces.RANK_RULES`, rounded up; at most those
+      of the rules.
+    budget: "macs:0.5" or "params:0.5" scales all ranks by one factor, to the
+      largest ones at which the final network costs at most this fraction of
+      the dense one, see `pieces.fit_budget`. Applies at decomposition; where
+      that is at the start, and ranks are sampled or shrunk, at the end of
+      discover.
+    sampler: of ranks in each step, see `sampling.SAMPLERS`; {"name": "phase"}
+      is config.discover.sampler and config.settle.sampler; None samples none.
+    shrink: how ranks are lowered after each epoch of a phase with `shrink`,
+      see `pieces.SHRINKERS`; None never.
+    penalty: what is added to the loss, see `pieces.PENALTIES`.
+    proximal: takes the group lasso as an exact step of the optimizer, see
+      `maestro.prox`, instead of in the loss.
+    lam: weight of the penalty (and of the projection's) in both phases; None
+      is config.discover.lam and config.settle.lam. Where it is a step after the
+      optimizer's, with momentum mu, that has the weight lam / (1 - mu), so that
+      lam means the same as in the loss.
+    project: every so many steps, dense kernels are cut to the ranks that
+      `ranks` and `budget` give then, see `pieces.Projection`; None is off.
+    switch: ends discover early, see `pieces.SWITCHES`; settle is longer by as
+      much. None keeps config.discover.epochs.
+    trainable: "all", or "factors", to freeze all parameters but factors once
+      there are any.
+  """
+
+  name: str
+  decompose: str | None = None
+  decomposer: Mapping = dataclasses.field(default_factory=lambda: SVD)
+  ranks: Mapping = dataclasses.field(default_factory=lambda: {"name": "full"})
+  budget: str | None = None
+  sampler: Mapping | None = None
+  shrink: str | None = None
+  penalty: str | None = None
+  proximal: bool = False
+  lam: float | None = None
+  project: Mapping | None = None
+  switch: Mapping | None = None
+  trainable: str = "all"
+
+  @property
+  def fits_later(self) -> bool:
+    """True if ranks are sampled or shrunk before the budget applies."""
+    found = self.sampler is not None or self.shrink is not None
+    return found and self.decompose == "start"
+
+
+SVD = {"name": "svd"}
+
+
+PHASE = {"name": "phase"}
+
+
+QUARTER = {"name": "fraction", "fraction": 0.25}
+
+
+METHODS: dict[str, Method] = {
+  method.name: method
+  for method in (
+    Method("dense"),
+    # Horvath et al., ICML 2024.
+    Method(
+      "maestro",
+      decompose="start",
+      sampler=PHASE,
+      shrink="threshold",
+      penalty="group_lasso",
+    ),
+    # The same with the lasso as an exact proximal step: docs/prox.md.
+    Method(
+      "prox",
+      decompose="start",
+      sampler=PHASE,
+      shrink="zeros",
+      penalty="group_lasso",
+      proximal=True,
+    ),
+    # A dense network, truncated after training.
+    Method("svd", decompose="end", ranks=QUARTER),
+    Method(
+      "data_svd",
+      decompose="end",
+      decomposer={"name": "data", "examples": 512},
+      ranks=QUARTER,
+    ),
+    # Wang et al., MLSys 2021: a dense warm-up (discover), then a quarter of
+    # the rank. Which layers stay dense is config.rules: see resnet_od.py.
+    Method("pufferfish", decompose="settle", ranks=QUARTER),
+    # Wang et al., MLSys 2023: the warm-up ends, and ranks are what they are,
+    # when stable ranks settle; Frobenius decay on the products from then on,
+    # instead of config.optimizer.weight_decay: set that to 0.
+    Method(
+      "cuttlefish",
+      decompose="settle",
+      ranks={"name": "stable_rank"},
+      switch={"name": "stable_ranks", "tolerance": 0.1},
+      penalty="frobenius",
+      lam=1e-4,
+    ),
+    # A uniform rank from scratch: two layers, as one would write them by hand.
+    Method(
+      "fixed", decompose="start", decomposer={"name": "random"}, ranks=QUARTER
+    ),
+    # Khodak et al., ICLR 2021: spectral initialisation and Frobenius decay.
+    # Set config.optimizer.weight_decay to 0, as the decay replaces it.
+    Method(
+      "spectral_fd",
+      decompose="start",
+      ranks=QUARTER,
+      penalty="frobenius",
+      lam=1e-4,
+    ),
+    # Xu et al., 2020: dense kernels that are truncated again and again.
+    Method(
+      "trp",
+      decompose="end",
+      ranks={"name": "energy", "lost": 0.02},
+      project={"every_steps": 20},
+      lam=3e-4,
+    ),
+    # After Valipour et al., EACL 2023: adapters of a sampled rank on a frozen
+    # base, which is config.init_from, or what discover has trained.
+    Method(
+      "dylora",
+      decompose="settle",
+      decomposer={"name": "adapter"},
+      ranks=QUARTER,
+      sampler={"name": "independent"},
+      trainable="factors",
+    ),
+  )
+}

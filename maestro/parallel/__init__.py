@@ -1,0 +1,1 @@
+"""Devices and how arrays lie on them. Open `mesh.py` first."""

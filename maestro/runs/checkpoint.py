@@ -1,0 +1,405 @@
+"""Save and load training states whose shapes are not known in advance.
+
+A thin layer over orbax. One step is one directory:
+
+  <directory>/<step>/state/...             the leaves, as a nested dict of paths
+  <directory>/<step>/_CHECKPOINT_METADATA  our record: leaves, digests, extra
+
+The record has each leaf's dtype, shape and digest, because orbax loads flipped
+bytes silently. Leaves are written and read as host arrays: the digest is of
+what is written, orbax then needs no sharding file (which ties a checkpoint to
+the devices that wrote it), and small states save in half the time.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import absl.logging
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from maestro.errors import UserError
+
+_FORMAT = 1
+
+
+_RECORD = "maestro"  # our key in orbax's custom metadata
+
+
+class CheckpointError(UserError):
+  """A checkpoint cannot be written, or cannot be trusted."""
+
+
+def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
+  return record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
+
+
+# Orbax logs some thirty INFO lines a save. A filter hides just these and leaves
+# the user's levels and handlers alone; adding it twice has no effect.
+absl.logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
+
+
+@dataclasses.dataclass
+class _KeptSteps:
+  """An orbax preservation policy: what `owner.keep_steps` is at a save."""
+
+  owner: "Checkpoints"
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    return [c.step in self.owner.keep_steps for c in checkpoints]
+
+
+class Checkpoints:
+  """Keep the newest checkpoints of one run; a context manager.
+
+  When `save` returns, the step survives kill -9. Only one process may have a
+  directory open for saving; readers use `load_params`.
+
+  Args:
+    directory: made if missing; left-overs of killed saves in it are deleted.
+    keep: how many of the newest steps to keep.
+    keep_steps: steps to keep always.
+
+  Attributes:
+    keep_steps: may be set anew; holds from the next save on.
+
+  Raises:
+    CheckpointError: the directory cannot be made or read.
+  """
+
+  def __init__(
+    self, directory, *, keep: int = 2, keep_steps: Sequence[int] = ()
+  ):
+    if keep < 1:
+      raise CheckpointError(f"keep must be at least 1, got {keep}")
+    self.directory = pathlib.Path(directory).absolute()
+    self.keep_steps = frozenset(keep_steps)
+    policies = ocp.training.preservation_policies
+    self._preservation = policies.AnyPreservationPolicy(
+      [policies.LatestN(keep), _KeptSteps(self)]
+    )
+    self._context = ocp.Context()
+    # Else a save that fails early leaves a thread that waits for 20 minutes.
+    self._context.asynchronous.create_directories_asynchronously = False
+    self._open()
+
+  def _open(self) -> None:
+    try:
+      self._checkpointer = ocp.training.Checkpointer(
+        str(self.directory),
+        context=self._context,
+        # orbax types its own policies for another class
+        preservation_policy=self._preservation,  # pyright: ignore
+        cleanup_tmp_directories=True,
+      )
+    except Exception as error:
+      raise CheckpointError(
+        f"cannot open {self.directory} for checkpoints: {_line(error)}; give"
+        " a directory that can be made and written"
+      ) from error
+
+  def steps(self) -> list[int]:
+    """List the saved steps, ascending."""
+    return list_steps(self.directory)
+
+  @property
+  def latest(self) -> int | None:
+    """The newest step, or None."""
+    return max(self.steps(), default=None)
+
+  def save(self, step: int, state: Any, extra: dict) -> None:
+    """Write the state, durable on return, and drop the steps not kept.
+
+    Args:
+      step: larger than every saved step.
+      state: any pytree of arrays.
+      extra: JSON values to keep beside it; floats return exactly.
+
+    Raises:
+      CheckpointError: `step` is not new, `extra` is not JSON, or the disk is
+        full or not writable. Saved steps are left as they were.
+    """
+    step, latest = int(step), self.latest
+    if latest is not None and step <= latest:
+      raise CheckpointError(
+        f"cannot save step {step}: {self.directory} has step {latest}; delete"
+        f" {self.directory / str(latest)} or use another workdir"
+      )
+    paths, leaves, _ = _flatten(state)
+    leaves = dict(zip(paths, map(_host, leaves), strict=True))
+    if len(leaves) < len(paths):
+      raise CheckpointError("two leaves have one path; is '/' in a key?")
+    try:
+      record = _record(leaves, extra)
+    except TypeError as error:
+      raise CheckpointError(
+        f"cannot save step {step}: `extra` is not JSON: {error}"
+      ) from error
+    try:
+      # Orbax's own policy skips saves; force does not.
+      done = self._checkpointer.save(
+        step,
+        _nested_nonempty(leaves),
+        force=True,
+        custom_metadata={_RECORD: record},
+      )
+    except Exception as error:
+      # Orbax counts the failed step as saved; start it afresh. Closing raises
+      # the same error once more.
+      with contextlib.suppress(Exception):
+        self.close()
+      with contextlib.suppress(CheckpointError):
+        self._open()
+      raise CheckpointError(
+        f"cannot save {self.directory / str(step)}: {_line(error)}; if the disk"
+        " is full or not writable, mend that and run again to resume from"
+        f" {_resume(self.directory, step)}"
+      ) from error
+    if not done:
+      raise CheckpointError(f"orbax skipped {self.directory / str(step)}")
+
+  def shapes(self, step: int) -> tuple[dict, dict]:
+    """Return the saved leaves as ShapeDtypeStructs, and extra.
+
+    Returns:
+      A nested dict by path, `{"params": {...}, "opt_state": {"0": ...}, ...}`
+      (always with params, batch_stats and ranks, maybe empty), and `extra`.
+
+    Raises:
+      CheckpointError: the step is missing, broken or not ours.
+    """
+    record = _read_record(self.directory, step)
+    tree = {"params": {}, "batch_stats": {}, "ranks": {}}
+    flat = {path: _abstract(leaf) for path, leaf in record["leaves"].items()}
+    return tree | traverse_util.unflatten_dict(flat, sep="/"), record["extra"]
+
+  def load(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
+    """Read a state into the structure, shapes and shardings given.
+
+    Args:
+      step: a saved step.
+      abstract_state: ShapeDtypeStructs; a leaf without sharding goes to the
+        default device.
+
+    Returns:
+      The state and `extra`, every bit as saved.
+
+    Raises:
+      CheckpointError: the step is missing, broken or not ours, or its leaves
+        are not those of `abstract_state`.
+    """
+    record = _read_record(self.directory, step)
+    paths, wanted, treedef = _flatten(abstract_state)
+    saved = {path: _abstract(leaf) for path, leaf in record["leaves"].items()}
+    for path in sorted(saved.keys() - set(paths)):
+      raise _misfit(self.directory, step, path, "is saved but not in the model")
+    for path, want in zip(paths, wanted, strict=True):
+      if path not in saved:
+        raise _misfit(self.directory, step, path, "is not saved")
+      have = saved[path]
+      if (have.shape, have.dtype) != (want.shape, want.dtype):
+        what = (
+          f"is saved as {have.dtype}{list(have.shape)} but the model has"
+          f" {want.dtype}{list(want.shape)}"
+        )
+        raise _misfit(self.directory, step, path, what)
+    leaves = _read_leaves(self.directory, step, record, paths)
+    # Not aliased: XLA may be asked to donate what we return.
+    state = [
+      jax.device_put(leaves[path], want.sharding, may_alias=False)
+      for path, want in zip(paths, wanted, strict=True)
+    ]
+    return treedef.unflatten(state), record["extra"]
+
+  def close(self) -> None:
+    """Release orbax's threads."""
+    self._checkpointer.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+
+def load_params(directory, step: int | None = None) -> tuple:
+  """Read params, batch_stats, ranks and extra, whatever the optimizer was.
+
+  Changes nothing on disk, so a run that is still saving can be read.
+
+  Args:
+    directory: of a `Checkpoints`.
+    step: None for the newest.
+
+  Returns:
+    Nested dicts of host arrays `(params, batch_stats, ranks)`, and `extra`.
+
+  Raises:
+    CheckpointError: no checkpoint, or it is broken or not ours.
+  """
+  directory = pathlib.Path(directory).absolute()
+  if step is None:
+    step = max(list_steps(directory), default=None)
+  if step is None:
+    raise CheckpointError(
+      f"no checkpoint in {directory}; is it the right path?"
+    )
+  record = _read_record(directory, step)
+  names = ("params", "batch_stats", "ranks")
+  paths = [p for p in record["leaves"] if p.partition("/")[0] in names]
+  leaves = _read_leaves(directory, step, record, paths)
+  tree = traverse_util.unflatten_dict(leaves, sep="/")
+  return *(tree.get(name, {}) for name in names), record["extra"]
+
+
+def list_steps(directory: pathlib.Path) -> list[int]:
+  """List the saved steps, oldest first."""
+  # By name: orbax renames a directory to its step when it is whole.
+  try:
+    names = [path.name for path in directory.iterdir() if path.is_dir()]
+  except OSError as error:
+    raise CheckpointError(f"cannot read {directory}: {error}") from error
+  return sorted(int(n) for n in names if n.isdecimal() and str(int(n)) == n)
+
+
+def _flatten(tree: Any) -> tuple[list[str], list, Any]:
+  """Return slash-joined paths, leaves and the structure."""
+  pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  keystr = jax.tree_util.keystr
+  paths = [keystr(path, simple=True, separator="/") for path, _ in pairs]
+  return paths, [leaf for _, leaf in pairs], treedef
+
+
+def _host(leaf: Any) -> np.ndarray:
+  if isinstance(leaf, jax.Array) and not (
+    leaf.is_fully_addressable or leaf.is_fully_replicated
+  ):
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(leaf)
+
+
+def _abstract(leaf: dict) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
+
+
+def _nested_nonempty(leaves: dict[str, np.ndarray]) -> dict:
+  """Nest by path; a leaf of rank 0 stays out, orbax refuses size zero."""
+  flat = {path: x for path, x in leaves.items() if x.size}
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _digest(path: str, x: np.ndarray) -> str:
+  head = f"{path} {x.dtype} {list(x.shape)} ".encode()
+  hasher = hashlib.blake2b(head, digest_size=16)
+  hasher.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+  return hasher.hexdigest()
+
+
+def _record_digest(record: dict) -> str:
+  """Digest the record itself: a flipped digit in it is still valid JSON."""
+  content = [record["format"], record["leaves"], record["extra"]]
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _record(leaves: dict[str, np.ndarray], extra: dict) -> dict:
+  described = {
+    path: {
+      "dtype": str(x.dtype),
+      "shape": list(x.shape),
+      "digest": _digest(path, x),
+    }
+    for path, x in leaves.items()
+  }
+  # Through JSON, so that the digest is of what a reader will see.
+  extra = json.loads(json.dumps(extra))
+  record = {"format": _FORMAT, "leaves": described, "extra": extra}
+  return record | {"digest": _record_digest(record)}
+
+
+def _read_record(directory: pathlib.Path, step: int) -> dict:
+  steps = list_steps(directory)
+  if step not in steps:
+    raise CheckpointError(f"no step {step} in {directory}, which has {steps}")
+  try:
+    # Not ocp.metadata(): it opens every array, and damage there makes it noisy.
+    text = (directory / str(step) / "_CHECKPOINT_METADATA").read_text()
+    record = json.loads(text)["custom_metadata"][_RECORD]
+    good = record["digest"] == _record_digest(record)
+    version = record["format"]
+  except Exception as error:
+    what = (
+      "has no readable maestro record (damaged, or not a checkpoint of"
+      f" maestro): {_line(error)}"
+    )
+    raise _broken(directory, step, what) from error
+  if not good:
+    raise _broken(directory, step, "has a damaged record (digest differs)")
+  if version != _FORMAT:
+    what = f"has format {version}, this version reads {_FORMAT}"
+    raise _broken(directory, step, what)
+  return record
+
+
+def _read_leaves(
+  directory: pathlib.Path, step: int, record: dict, paths: Iterable[str]
+) -> dict[str, np.ndarray]:
+  """Read some leaves to the host and check their digests."""
+  saved = {path: _abstract(record["leaves"][path]) for path in paths}
+  # A numpy leaf asks orbax for numpy; its memory is never touched.
+  leaves = {path: np.empty(x.shape, x.dtype) for path, x in saved.items()}
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  try:
+    with context:
+      tree = ocp.load(str(directory / str(step)), _nested_nonempty(leaves))
+    leaves |= traverse_util.flatten_dict(tree, sep="/")
+    leaves = {path: np.asarray(leaves[path]) for path in saved}
+  except Exception as error:
+    what = f"cannot be read: {_line(error)}"
+    raise _broken(directory, step, what) from error
+  for path, x in leaves.items():
+    if _digest(path, x) != record["leaves"][path]["digest"]:
+      what = f"is damaged: leaf {path} is not what was saved (digest differs)"
+      raise _broken(directory, step, what)
+  return leaves
+
+
+def _resume(directory: pathlib.Path, step: int) -> str:
+  older = [s for s in list_steps(directory) if s < step]
+  return f"the previous step {older[-1]}" if older else "the start"
+
+
+def _broken(directory: pathlib.Path, step: int, what: str) -> CheckpointError:
+  where = directory / str(step)
+  return CheckpointError(
+    f"checkpoint {where} {what}; delete {where} to resume from"
+    f" {_resume(directory, step)}"
+  )
+
+
+def _misfit(directory, step: int, path: str, what: str) -> CheckpointError:
+  return CheckpointError(
+    f"checkpoint {directory / str(step)}: leaf {path} {what}; run with the"
+    " config that wrote it, or use another workdir"
+  )
+
+
+def _line(error: BaseException) -> str:
+  """Shorten orbax's pages to a line that has the system's reason."""
+  text = " ".join(str(error).split())
+  reason = re.search(r"os_error_code='(\d+)'", text)
+  tail = f" ... {os.strerror(int(reason[1]))}" if reason else ""
+  return f"{type(error).__name__}: {text[:200]}{tail}"

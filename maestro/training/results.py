@@ -1,0 +1,174 @@
+"""What a run counts, warns of and leaves behind: results.json."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from maestro import lowrank, trees
+from maestro.cost import count as cost
+from maestro.errors import UserError
+from maestro.methods import bind as pieces
+from maestro.runs import workdir as workdir_lib
+from maestro.runs.provenance import git_commit
+from maestro.training.config import Config
+from maestro.training.state import TrainState
+
+
+class TrainingError(UserError):
+  """Training cannot go on; says where it stopped and what can be resumed."""
+
+
+@dataclasses.dataclass
+class Ledger:
+  """What a run counts on the host; saved with every checkpoint.
+
+  Attributes:
+    programs: train steps and evaluations compiled so far, by form. A resumed
+      process compiles again, which is not counted.
+    macs: multiply-accumulates of all training steps: a forward and a backward
+      pass taken as three forward passes, at the ranks that are stored.
+    examples: training examples seen.
+    train_seconds: time in training steps.
+    wall_seconds: time of the whole run, less what killed processes lost.
+    alarms: what a user should know, in words.
+    discover_epochs: length of the discover phase; a method may end it early.
+    ranks: {layer: rank} right after decomposition.
+    stable_ranks: of the last epoch, if the method looks at them.
+  """
+
+  discover_epochs: int
+  programs: list[str] = dataclasses.field(default_factory=list)
+  macs: int = 0
+  examples: int = 0
+  train_seconds: float = 0.0
+  wall_seconds: float = 0.0
+  alarms: list[str] = dataclasses.field(default_factory=list)
+  ranks: dict[str, Any] = dataclasses.field(default_factory=dict)
+  stable_ranks: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def compiles(self, name: str) -> None:
+    if name not in self.programs:
+      self.programs.append(name)
+
+
+def rank_text(ranks: Any) -> str:
+  flat = trees.flatten_ranks(ranks)
+  if not flat:
+    return ""
+  total = sum(int(np.sum(r)) for r in flat.values())
+  return f" rank {total}"
+
+
+def rank_record(layers, state: TrainState) -> dict[str, Any]:
+  """Ranks of all layers, and the network's cost at them."""
+  ranks = jax.device_get(state.ranks)
+  now = cost.count_cost(layers, state.params, ranks)
+  record = {"cost/params": now.params, "cost/macs": now.macs}
+  flat = trees.flatten_ranks(ranks)
+  if flat:
+    record |= {f"rank/{path}": int(np.sum(r)) for path, r in flat.items()}
+    record["rank/total"] = sum(int(np.sum(r)) for r in flat.values())
+  return record
+
+
+def alarms_of(
+  c: Config, ledger: Ledger, layers, state: TrainState, end_of_discover: bool
+) -> Iterator[str]:
+  """Says what a user should not find out by accident."""
+  key = "config.discover.lam" if c.pieces.lam is None else "config.method.lam"
+  lam = f"{key} (now {pieces.weight(c, 'discover'):g})"
+  flat = trees.flatten_ranks(jax.device_get(state.ranks))
+  for path, rank in flat.items():
+    has_kernel = layers[path].weight in trees.get(state.params, path)
+    if not np.all(rank) and not has_kernel:
+      yield (
+        f"layer {path} has died: it has rank 0 and outputs its bias alone."
+        f" Lower {lam}, or keep the layer dense by a rule with decompose=False"
+      )
+  if end_of_discover and flat and c.discover.shrink and c.pieces.shrink:
+    start = ledger.ranks
+    if all(np.all(rank == start[path]) for path, rank in flat.items()):
+      scores = lowrank.importance(state.params, state.ranks)
+      least = min(float(np.min(x)) for x in jax.device_get(scores).values())
+      text = (
+        "no rank has moved while discovering: the least important component"
+        f" scores {least:.1e}. Raise {lam} or config.discover.epochs"
+      )
+      if c.pieces.shrink == "threshold":
+        text += (
+          f"; config.threshold is {c.threshold:g}: if lambda is large already,"
+          " it lies below the floor of order (learning rate * lambda)^2: raise"
+          " it"
+        )
+      yield text
+
+
+def results_of(
+  config, c: Config, ledger: Ledger, layers, dense_cost, final, state, val, test
+) -> dict:
+  """Assembles results.json; see docs/method.md for its fields."""
+  final_cost = cost.count_cost(layers, final)
+  flat = trees.flatten_ranks(jax.device_get(state.ranks))
+  device = jax.devices()[0]
+  rows = []
+  for row, dense in zip(final_cost.layers, dense_cost.layers, strict=True):
+    rank = np.asarray(flat[row.path]).tolist() if row.path in flat else None
+    rows.append(
+      {
+        "path": row.path,
+        "rank": rank,
+        "full_rank": None if rank is None else row.full_rank,
+        "params": row.params,
+        "macs": row.macs,
+        "form": row.form,
+        "dense_params": dense.params,
+        "dense_macs": dense.macs,
+      }
+    )
+  return {
+    "config": json.loads(json.dumps(workdir_lib.plain(config))),
+    "git": git_commit(),
+    "device": f"{device.platform}: {device.device_kind}",
+    "jax": jax.__version__,
+    "seed": c.seed,
+    "steps": int(state.step),
+    "wall_seconds": ledger.wall_seconds,
+    "dense": {"params": dense_cost.params, "macs": dense_cost.macs},
+    "final": {
+      "params": final_cost.params,
+      "macs": final_cost.macs,
+      "bytes": final_cost.bytes,
+      "metrics": test,
+      "val_metrics": val,
+    },
+    "layers": rows,
+    "train": {
+      "examples_per_second": ledger.examples / max(ledger.train_seconds, 1e-9),
+      "macs_total": ledger.macs,
+      "compilations": len(ledger.programs),
+      "programs": ledger.programs,
+    },
+    "alarms": ledger.alarms,
+  }
+
+
+def write_spectra(workdir: pathlib.Path, name: str, state: TrainState) -> None:
+  """Adds the importances of all components to importance.json."""
+  if not state.ranks:
+    return
+  path = workdir / "importance.json"
+  spectra = (
+    workdir_lib.read_json(path) if path.exists() and name != "start" else {}
+  )
+  scores = jax.device_get(lowrank.importance(state.params, state.ranks))
+  # Stacked and grouped layers show their mean spectrum.
+  spectra[name] = {
+    layer: np.mean(x, axis=tuple(range(x.ndim - 1))).tolist()
+    for layer, x in scores.items()
+  }
+  workdir_lib.write_json(path, spectra)

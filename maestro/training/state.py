@@ -1,0 +1,135 @@
+"""The training state, and its surgery: set to ranks, cut, restart."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from maestro import lowrank, trees
+from maestro.training import losses, optim
+from maestro.training.config import Config
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that a run needs to go on; no functions in it.
+
+  Attributes:
+    step: int32, steps done.
+    params: parameters; dead components (at or beyond `ranks`) are zero.
+    batch_stats: moving statistics of normalisation layers, if any.
+    opt_state: the optimizer's state, zero for dead components too.
+    ranks: current rank of every factored layer.
+    key: uint32 data of the key from which each step derives its own.
+    metrics: float32 sums over the steps since training metrics were written.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  ranks: Any
+  key: jax.Array
+  metrics: dict[str, jax.Array]
+
+
+def zero_metrics(loss: str) -> dict[str, jax.Array]:
+  """Returns the sums that `make_step` adds to, at zero."""
+  names = ("steps", "loss", "penalty", "grad_norm", *losses.METRICS[loss])
+  return {name: jnp.zeros((), jnp.float32) for name in names}
+
+
+def new_state(c: Config, tx, params, batch_stats, ranks) -> TrainState:
+  _, key = jax.random.split(jax.random.key(c.seed))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=tx.init(params),
+    ranks=ranks,
+    key=jax.random.key_data(key),
+    metrics=zero_metrics(c.loss),
+  )
+
+
+def restore(checkpoints, new_state) -> tuple[TrainState, dict]:
+  """Loads the newest checkpoint; its metadata tells the factors' shapes."""
+  step = checkpoints.latest
+  shapes, _ = checkpoints.shapes(step)
+  abstract = jax.eval_shape(
+    new_state, shapes["params"], shapes["batch_stats"], shapes["ranks"]
+  )
+  return checkpoints.load(step, abstract)
+
+
+# ---------------------------------------------------------------------------
+# Shrinking and cutting
+# ---------------------------------------------------------------------------
+@functools.partial(jax.jit, static_argnames="rule", donate_argnums=0)
+def shrink_state(state: TrainState, rule: Callable) -> TrainState:
+  """Lowers ranks to rule(params, ranks)."""
+  return at_ranks(state, rule(state.params, state.ranks))
+
+
+def at_ranks(state: TrainState, ranks: Any) -> TrainState:
+  """Sets lower ranks and zeroes what falls beyond them, momentum included.
+
+  Zeroes stay zero: their gradients, penalty and decay are zero. So a component
+  that is given up cannot come back, and cutting it off changes nothing.
+  """
+  if ranks is state.ranks:
+    return state
+  return state.replace(
+    ranks=ranks,
+    params=lowrank.mask(state.params, ranks),
+    opt_state=optim.mask(state.opt_state, state.params, ranks),
+  )
+
+
+def truncate_state(c: Config, tx, state: TrainState) -> TrainState:
+  """Cuts parameters and optimizer state to the current ranks."""
+  if not state.ranks:
+    return state
+  ranks = jax.device_get(state.ranks)
+  multiple = c.truncate.multiple_of
+  return state.replace(
+    params=lowrank.truncate(state.params, ranks, multiple),
+    opt_state=optim.truncate(
+      tx, state.opt_state, state.params, ranks, multiple
+    ),
+  )
+
+
+def form_of(params: Any) -> str:
+  """Names the shapes of a parameter tree by its stored ranks."""
+  paths = trees.factored(params)
+  return "ranks " + ",".join(
+    f"{path}:{node['u'].shape[-1]}" for path, node in paths.items()
+  )
+
+
+# ---------------------------------------------------------------------------
+# What is told
+# ---------------------------------------------------------------------------
+def variables_of(state: TrainState) -> dict[str, Any]:
+  variables = {"params": state.params}
+  if state.batch_stats:
+    variables["batch_stats"] = state.batch_stats
+  return variables
+
+
+def means(sums: Mapping[str, jax.Array]) -> dict[str, float]:
+  """Turns the sums of a window of steps into means per step."""
+  host = {name: float(x) for name, x in jax.device_get(dict(sums)).items()}
+  steps = max(host.pop("steps"), 1.0)
+  return {f"train/{name}": value / steps for name, value in host.items()}
+
+
+def plain_ranks(ranks: Any) -> dict[str, Any]:
+  """Returns {layer: rank} as JSON has it."""
+  flat = trees.flatten_ranks(jax.device_get(ranks))
+  return {path: np.asarray(rank).tolist() for path, rank in flat.items()}

@@ -1,0 +1,123 @@
+"""The training state and one step of training, as pure functions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maestro.parallel.mesh import Mesh, split_batch
+from maestro.training import losses
+from maestro.training.config import FullPass
+from maestro.training.state import TrainState
+
+Data = Mapping[str, jax.Array]  # inputs [n, ...], targets [n, ...], order [n]
+
+
+def make_step(
+  model: Any,
+  tx: optax.GradientTransformation,
+  *,
+  loss: str,
+  preprocess: Callable,
+  sampler: Callable,
+  batch_size: int,
+  steps_per_epoch: int,
+  lam: float,
+  penalty: Callable[[Any, Any], jax.Array] | None,
+  full_pass: FullPass | None,
+  mesh: Mesh,
+) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
+  """Returns step(state, data) -> (state, loss of this step).
+
+    ranks_t = sampler(key_t, ranks)
+    loss = task(network at ranks_t) + lam * penalty(params, ranks)
+
+  The batch is the next `batch_size` entries of data["order"], gathered and
+  preprocessed on the device. The returned loss includes the penalty. Layers
+  that `ranks_t` does not name run as they are stored.
+  """
+  example_loss = losses.LOSSES[loss]
+  metrics = losses.METRICS[loss]
+
+  def apply(state, params, ranks, x, key):
+    variables = {"params": params}
+    if ranks:
+      variables["ranks"] = ranks
+    if not state.batch_stats:
+      y = model.apply(variables, x, train=True, rngs={"dropout": key})
+      return y, state.batch_stats
+    y, updates = model.apply(
+      variables | {"batch_stats": state.batch_stats},
+      x,
+      train=True,
+      rngs={"dropout": key},
+      mutable=["batch_stats"],
+    )
+    return y, updates["batch_stats"]
+
+  def step(state: TrainState, data: Data) -> tuple[TrainState, jax.Array]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    key_rank, key_image, key_dropout = jax.random.split(key, 3)
+    start = (state.step % steps_per_epoch) * batch_size
+    batch = jax.lax.dynamic_slice_in_dim(data["order"], start, batch_size)
+    x, y = split_batch((data["inputs"][batch], data["targets"][batch]), mesh)
+    x = preprocess(x, key_image)
+    sampled = sampler(key_rank, state.ranks)
+
+    def objective(params):
+      out, stats = apply(state, params, sampled, x, key_dropout)
+      task = jnp.mean(example_loss(out, y))
+      if full_pass is not None:
+        # The full network owns the statistics and teaches the sampled one.
+        teacher, stats = apply(state, params, state.ranks, x, key_dropout)
+        soft = 0.0
+        if full_pass.distill:
+          soft = jnp.mean(
+            losses.distillation(out, teacher, full_pass.temperature)
+          )
+        task = (1 - full_pass.distill) * task + full_pass.distill * soft
+        task += jnp.mean(example_loss(teacher, y))
+      added = jnp.zeros((), jnp.float32)
+      if lam and penalty is not None:
+        added = lam * penalty(params, state.ranks)
+      sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
+      sums |= {"loss": task, "penalty": added}
+      return task + added, (stats, sums)
+
+    grad = jax.value_and_grad(objective, has_aux=True)
+    (total, (stats, sums)), grads = grad(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    sums |= {"steps": 1.0, "grad_norm": optax.tree.norm(grads)}
+    return (
+      state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=stats,
+        opt_state=opt_state,
+        metrics={k: state.metrics[k] + sums[k] for k in state.metrics},
+      ),
+      total,
+    )
+
+  return step
+
+
+def make_dispatch(
+  step: Callable, steps: int
+) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
+  """Compiles several steps as one call: (state, data) -> (state, losses).
+
+  On CPUs use one step per call: there, the gradient of a convolution inside a
+  loop is many times slower than outside of it.
+  """
+
+  def scan(state: TrainState, data: Data):
+    return jax.lax.scan(lambda s, _: step(s, data), state, length=steps)
+
+  def single(state: TrainState, data: Data):
+    state, loss = step(state, data)
+    return state, loss[None]
+
+  return jax.jit(single if steps == 1 else scan, donate_argnums=0)

@@ -1,0 +1,252 @@
+"""Trees of parameters and ranks: paths, layers, axes, kernels as matrices."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maestro.errors import UserError
+
+Tree = Mapping[str, Any]
+
+
+class LowRankError(UserError):
+  """A rule, a rank or a tree does not fit; names the layer and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+  """What shapes alone cannot tell of a layer; made by `maestro.layers`.
+
+  Attributes:
+    kind: "dense", "conv" or "embed".
+    stack: sizes of the scan axes before the kernel's own axes.
+    groups: sizes of the axes over which independent maps are laid: (G,) for a
+      grouped convolution, the batch axes of a DenseGeneral, else ().
+    inputs: the input axes of one map, e.g. (in,), (kh, kw, in / G), (4, 8).
+    outputs: the output axes of one map, e.g. (out,), (out / G,), (4, 8).
+    positions: how often one example meets the kernel in a forward pass
+      (output pixels, tokens), for one element of `stack`.
+    lookups: how many embeddings one example looks up.
+  """
+
+  kind: str
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  stack: tuple[int, ...] = ()
+  groups: tuple[int, ...] = ()
+  positions: int = 1
+  lookups: int = 0
+
+  @property
+  def lead(self) -> tuple[int, ...]:
+    """Shape of the layer's rank, and of the leading axes of its factors."""
+    return self.stack + self.groups
+
+  @property
+  def n_in(self) -> int:
+    return math.prod(self.inputs)
+
+  @property
+  def n_out(self) -> int:
+    return math.prod(self.outputs)
+
+  @property
+  def full_rank(self) -> int:
+    return min(self.n_in, self.n_out)
+
+  @property
+  def weight(self) -> str:
+    """Name of the dense weight among the layer's parameters."""
+    return "embedding" if self.kind == "embed" else "kernel"
+
+  @property
+  def kernel_shape(self) -> tuple[int, ...]:
+    """Shape of the dense weight as the layer stores it."""
+    if self.kind == "conv" and self.groups:
+      out = self.groups[0] * self.n_out
+      return (*self.stack, *self.inputs, out)
+    return (*self.lead, *self.inputs, *self.outputs)
+
+
+Layers = Mapping[str, LayerSpec]  # {path: LayerSpec} of a model
+
+
+# ---------------------------------------------------------------------------
+# Trees
+# ---------------------------------------------------------------------------
+def is_factored(node: Any) -> bool:
+  return isinstance(node, Mapping) and "u" in node and "v" in node
+
+
+def walk(tree: Tree, path: str = "") -> Iterator[tuple[str, Tree]]:
+  """Yields (path, node) of every layer that holds factors, in sorted order."""
+  if is_factored(tree):
+    yield path, tree
+  for name in sorted(tree):
+    if isinstance(tree[name], Mapping):
+      yield from walk(tree[name], f"{path}/{name}" if path else name)
+
+
+def factored(params: Tree) -> dict[str, Tree]:
+  """Returns {path: node} of the layers that hold factors, in sorted order."""
+  return dict(walk(params))
+
+
+def get(tree: Tree, path: str) -> Any:
+  """Returns the node of a nested mapping at a slash-joined path, or None."""
+  node: Any = tree
+  for name in path.split("/") if path else ():
+    if not isinstance(node, Mapping) or name not in node:
+      return None
+    node = node[name]
+  return node
+
+
+def replace(tree: Tree, changes: Mapping[str, Tree], path: str = "") -> dict:
+  """Copies a nested mapping with the nodes at some paths replaced."""
+  if path in changes:
+    return dict(changes[path])
+  return {
+    name: replace(node, changes, f"{path}/{name}" if path else name)
+    if isinstance(node, Mapping)
+    else node
+    for name, node in tree.items()
+  }
+
+
+def flatten_ranks(ranks: Tree, path: str = "") -> dict[str, Any]:
+  """Turns a rank tree into {layer path: rank}, in sorted order."""
+  flat = {}
+  for name in sorted(ranks):
+    if isinstance(ranks[name], Mapping):
+      flat |= flatten_ranks(ranks[name], f"{path}/{name}" if path else name)
+    elif name == "rank":
+      flat[path] = ranks[name]
+    else:
+      raise LowRankError(
+        f"rank tree: unexpected leaf {name!r} at {path!r}; the only leaves of"
+        ' a rank tree are called "rank", as in {"fc": {"rank": 3}}'
+      )
+  return flat
+
+
+def unflatten_ranks(flat: Mapping[str, Any]) -> dict:
+  """Turns {layer path: rank} into a rank tree that mirrors the modules."""
+  tree: dict = {}
+  for path, rank in flat.items():
+    node = tree
+    for name in path.split("/") if path else ():
+      node = node.setdefault(name, {})
+    node["rank"] = rank
+  return tree
+
+
+def is_traced(x: Any) -> bool:
+  return isinstance(x, jax.core.Tracer)
+
+
+def check_rank(rank: Any, full_rank: int, path: str) -> None:
+  """Raises if a concrete rank is no integer in [0, full_rank]."""
+  if is_traced(rank) or isinstance(rank, jax.ShapeDtypeStruct):
+    return
+  values = np.asarray(rank)
+  if not np.issubdtype(values.dtype, np.integer):
+    raise LowRankError(
+      f"layer {path!r}: rank {rank!r} is not an integer; ranks are counts"
+    )
+  if values.size and (values.min() < 0 or values.max() > full_rank):
+    raise LowRankError(
+      f"layer {path!r}: rank {values.tolist()} is outside [0, {full_rank}];"
+      f" its factors hold {full_rank} components"
+    )
+
+
+def paired(params: Tree, ranks: Tree) -> dict[str, tuple[Tree, Any]]:
+  """Pairs the factored layers that `ranks` names with their ranks."""
+  layers = factored(params)
+  pairs = {}
+  for path, rank in flatten_ranks(ranks).items():
+    if path not in layers:
+      raise LowRankError(
+        f"rank tree: layer {path!r} has no factors in these parameters;"
+        f" factored layers are {sorted(layers) or 'none'}"
+      )
+    node = layers[path]
+    lead = jnp.shape(rank)
+    check_factors(node, lead, path)
+    check_rank(rank, node["u"].shape[-1], path)
+    pairs[path] = (node, rank)
+  return pairs
+
+
+def check_factors(node: Tree, lead: tuple[int, ...], path: str) -> None:
+  u, v, n = node["u"].shape, node["v"].shape, len(lead)
+  fits = u[:n] == lead and v[:n] == lead and len(v) > n + 1 and v[n] == u[-1]
+  if not fits:
+    raise LowRankError(
+      f"layer {path!r}: factors u {u} and v {v} do not fit a rank of shape"
+      f" {lead}; expected u [*{lead}, inputs, R] and v [*{lead}, R, outputs]"
+    )
+
+
+def find_lead(node: Tree, spec: LayerSpec | None, path: str) -> tuple[int, ...]:
+  """Finds the leading axes of a layer's factors, from shapes if they tell."""
+  if spec is not None:
+    return spec.lead
+  u, v = node["u"].shape, node["v"].shape
+  candidates = [
+    u[:n]
+    for n in range(min(len(u), len(v)) - 1)
+    if u[:n] == v[:n] and v[n] == u[-1]
+  ]
+  if len(candidates) != 1:
+    raise LowRankError(
+      f"layer {path!r}: the shapes u {u}, v {v} do not tell which axes are"
+      " stacked or grouped; pass `layers=maestro.layers(model, inputs)`"
+    )
+  return candidates[0]
+
+
+def component_axes(x: jax.Array, name: str, n_lead: int) -> tuple[int, ...]:
+  """Axes of u or v that are neither leading nor the rank axis."""
+  if name == "u":
+    return tuple(range(n_lead, x.ndim - 1))
+  return tuple(range(n_lead + 1, x.ndim))
+
+
+def _live(x: jax.Array, name: str, rank: Any) -> jax.Array:
+  """Boolean [*lead, 1.., R] for u, [*lead, R, 1..] for v: component < rank."""
+  lead = jnp.shape(rank)
+  n_lead = len(lead)
+  size = x.shape[-1] if name == "u" else x.shape[n_lead]
+  component = jax.lax.broadcasted_iota(jnp.int32, (*lead, size), n_lead)
+  live = component < jnp.asarray(rank)[..., None]
+  return jnp.expand_dims(live, component_axes(x, name, n_lead))
+
+
+def mask_factor(x: jax.Array, name: str, rank: Any) -> jax.Array:
+  """Zeroes the components of factor u or v (`name`) at or beyond `rank`."""
+  return jnp.where(_live(x, name, rank), x, jnp.zeros((), x.dtype))
+
+
+# ---------------------------------------------------------------------------
+# Dense <-> factored
+# ---------------------------------------------------------------------------
+def to_matrix(kernel: jax.Array, spec: LayerSpec) -> jax.Array:
+  """Reshapes a stored kernel to matrices [*lead, in, out]."""
+  if spec.kind == "conv" and spec.groups:  # output channels are group-major
+    shape = (*spec.stack, spec.n_in, *spec.groups, spec.n_out)
+    return jnp.moveaxis(kernel.reshape(shape), -2, -3)
+  return kernel.reshape((*spec.lead, spec.n_in, spec.n_out))
+
+
+def to_kernel(matrix: jax.Array, spec: LayerSpec) -> jax.Array:
+  """Inverts `to_matrix`."""
+  if spec.kind == "conv" and spec.groups:
+    matrix = jnp.moveaxis(matrix, -3, -2)
+  return matrix.reshape(spec.kernel_shape)

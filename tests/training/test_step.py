@@ -1,0 +1,311 @@
+"""One step of training and exact evaluation, on one device and on eight."""
+
+import functools
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from maestro import data as data_lib
+from maestro import introspect as nn
+from maestro import lowrank, sampling
+from maestro.data import Split
+from maestro.errors import UserError
+from maestro.lowrank import Rule
+from maestro.models.mlp import MLP
+from maestro.parallel.mesh import make_mesh, replicate
+from maestro.training import losses
+from maestro.training.config import FullPass, parse
+from maestro.training.evaluate import make_evaluate
+from maestro.training.state import TrainState, zero_metrics
+from maestro.training.step import make_dispatch, make_step
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODEL = MLP(num_classes=4, features=(8,))
+BATCH, SIZE = 16, 48
+
+
+def preprocess(x, key=None):
+  del key
+  return x.astype(jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch, jit):
+  monkeypatch.setattr(jax, "jit", jit)
+
+
+@functools.cache
+def problem():
+  """Returns data and decomposed parameters."""
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((SIZE, 6)).astype(np.float32)
+  y = rng.integers(0, 4, SIZE).astype(np.int32)
+  shapes = jax.eval_shape(MODEL.init, jax.random.key(0), x)["params"]
+  dense = jax.tree.map(
+    lambda a: jnp.asarray(rng.standard_normal(a.shape) / 2, jnp.float32),
+    shapes,
+  )
+  params = lowrank.decompose(dense, [Rule()], nn.layers(MODEL, x))
+  return x, y, params
+
+
+# The learning rate is 1 without momentum: updates are gradients.
+SGD = optax.sgd(1.0)
+
+
+def run(
+  devices=1, steps=1, dispatch=1, sampler=sampling.independent, **options
+):
+  """Returns (state, losses) after some steps."""
+  x, y, params = problem()
+  mesh = make_mesh(devices)
+  defaults = {"lam": 0.01, "penalty": lowrank.group_lasso, "full_pass": None}
+  step = make_step(
+    MODEL,
+    SGD,
+    loss="cross_entropy",
+    preprocess=preprocess,
+    sampler=sampler,
+    batch_size=BATCH,
+    steps_per_epoch=SIZE // BATCH,
+    mesh=mesh,
+    **defaults | options,
+  )
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=jax.tree.map(jnp.array, params),
+    batch_stats={},
+    opt_state=SGD.init(params),
+    ranks=lowrank.full_ranks(params),
+    key=jax.random.key_data(jax.random.key(1)),
+    metrics=zero_metrics("cross_entropy"),
+  )
+  order = data_lib.epoch_order(0, 0, SIZE)
+  state = replicate(state, mesh)
+  data = replicate({"inputs": x, "targets": y, "order": order}, mesh)
+  call, found = make_dispatch(step, dispatch), []
+  for _ in range(steps // dispatch):
+    state, step_losses = call(state, data)
+    found += np.asarray(step_losses).tolist()
+  return state, found
+
+
+def gradients(state):
+  return jax.tree.map(lambda a, b: b - a, state.params, problem()[2])
+
+
+def test_eight_devices_take_the_step_of_one(close):
+  (one, loss_one), (eight, loss_eight) = run(1), run(8)
+  assert len(eight.params["fc1"]["u"].devices()) == 8
+  np.testing.assert_allclose(loss_eight, loss_one, rtol=1e-5)
+  close(jax.device_get(gradients(eight)), jax.device_get(gradients(one)), 1e-5)
+  close(jax.device_get(eight.metrics), jax.device_get(one.metrics), 1e-5)
+
+
+def test_a_step_minimises_the_loss_at_sampled_ranks_plus_the_lasso(close):
+  x, y, params = problem()
+  ranks = lowrank.full_ranks(params)
+  lam = 0.01
+  state, (loss,) = run(
+    lam=lam, sampler=functools.partial(sampling.fixed, fraction=0.5)
+  )
+  half = sampling.fixed(jax.random.key(0), ranks, fraction=0.5)
+  batch = np.asarray(data_lib.epoch_order(0, 0, SIZE))[:BATCH]
+
+  def objective(params):
+    out = MODEL.apply({"params": lowrank.mask(params, half)}, x[batch])
+    task = jnp.mean(losses.cross_entropy(out, jnp.asarray(y[batch])))
+    return task + lam * lowrank.group_lasso(params, ranks)
+
+  wanted, grads = jax.value_and_grad(objective)(params)
+  assert loss == pytest.approx(float(wanted), rel=1e-5)
+  close(gradients(state), grads, 1e-4)
+  assert state.step == 1
+  assert state.metrics["steps"] == 1
+  total = state.metrics["loss"] + state.metrics["penalty"]
+  assert float(total) == pytest.approx(loss, rel=1e-6)
+
+
+def test_full_distillation_at_full_rank_is_training_on_labels(close):
+  plain, _ = run(sampler=sampling.full)
+  taught, _ = run(sampler=sampling.full, full_pass=FullPass(distill=1.0))
+  close(gradients(taught), gradients(plain), 1e-4)
+
+
+def test_no_distillation_at_full_rank_counts_the_labels_twice(close):
+  plain, _ = run(sampler=sampling.full, lam=0.0)
+  twice, _ = run(
+    sampler=sampling.full, lam=0.0, full_pass=FullPass(distill=0.0)
+  )
+  close(gradients(twice), jax.tree.map(lambda x: 2 * x, gradients(plain)), 1e-4)
+
+
+def test_distillation_is_the_scaled_divergence_from_the_teacher():
+  rng = np.random.default_rng(0)
+  student, teacher = rng.standard_normal((2, 5, 3)).astype(np.float32)
+
+  def softmax(x):
+    e = np.exp(x)
+    return e / e.sum(-1, keepdims=True)
+
+  p, q = softmax(teacher / 2), softmax(student / 2)
+  wanted = 4 * np.sum(p * np.log(p / q), -1)
+  found = losses.distillation(jnp.asarray(student), jnp.asarray(teacher), 2.0)
+  np.testing.assert_allclose(found, wanted, rtol=1e-4)
+  grad = jax.grad(lambda t: losses.distillation(student, t, 2.0).sum())
+  assert not np.any(grad(jnp.asarray(teacher)))
+
+
+def test_several_steps_of_one_dispatch_are_the_steps_of_several(close):
+  (one, loss_one), (three, loss_three) = run(steps=3), run(steps=3, dispatch=3)
+  np.testing.assert_allclose(loss_three, loss_one, rtol=1e-5)
+  close(three.params, one.params, 1e-5)
+
+
+def test_a_batch_that_does_not_exist_of_devices_is_refused():
+  with pytest.raises(UserError, match=r"config.num_devices: 9.*there are 8"):
+    make_mesh(9)
+
+
+# ---------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_evaluation_with_a_ragged_last_batch_is_the_plain_mean(devices):
+  x, y, params = problem()
+  x, y = x[:37], y[:37]
+  mesh = make_mesh(devices)
+  evaluate = make_evaluate(
+    MODEL,
+    loss="cross_entropy",
+    preprocess=preprocess,
+    batch_size=16,
+    mesh=mesh,
+  )
+  found = evaluate(replicate({"params": params}, mesh), Split(x, y))
+  logits = np.asarray(MODEL.apply({"params": params}, x), np.float64)
+  log_z = np.log(np.sum(np.exp(logits), axis=1))
+  assert found["loss"] == pytest.approx(
+    np.mean(log_z - logits[np.arange(37), y]), rel=1e-5
+  )
+  assert found["accuracy"] == pytest.approx(np.mean(logits.argmax(1) == y))
+
+
+def test_padding_that_overflows_does_not_reach_the_mean():
+  # The padding repeats the last example; only that one may be infinite.
+  x, y, params = problem()
+  x = x[:5].copy()
+  x[-1] = np.inf
+  evaluate = make_evaluate(
+    MODEL,
+    loss="cross_entropy",
+    preprocess=lambda x, key=None: jnp.where(jnp.isinf(x), 0.0, x),
+    batch_size=8,
+    mesh=make_mesh(1),
+  )
+  assert np.isfinite(evaluate({"params": params}, Split(x, y[:5]))["loss"])
+
+
+# ---------------------------------------------------------------------------
+# Sampling and order, as the shipped config has them
+# ---------------------------------------------------------------------------
+
+
+def test_the_shipped_config_samples_below_full_rank_from_the_first_steps():
+  module = runpy.run_path(str(ROOT / "configs" / "digits_od.py"))
+  c = parse(module["get_config"]().to_dict())
+  options = dict(c.discover.sampler)
+  sampler = sampling.SAMPLERS[options.pop("name")]
+  ranks = {
+    "fc1": {"rank": jnp.int32(64)},
+    "fc2": {"rank": jnp.int32(128)},
+    "fc3": {"rank": jnp.int32(10)},
+  }
+  draw = jax.jit(lambda key: sampler(key, ranks, **options))
+  key = jax.random.key(c.seed)
+  below, layers = 0, set()
+  for step in range(20):
+    sampled = draw(jax.random.fold_in(key, step))
+    for layer, full in ranks.items():
+      rank = int(sampled[layer]["rank"])
+      assert 1 <= rank <= int(full["rank"])
+      if rank < int(full["rank"]):
+        below += 1
+        layers.add(layer)
+  assert below >= 15 and len(layers) >= 2
+
+
+def test_ranks_sampled_differ_between_steps_and_not_between_runs():
+  first, second = run(steps=3, lam=0.0), run(steps=3, lam=0.0)
+  assert first[1] == second[1]
+  full = run(steps=3, lam=0.0, sampler=sampling.full)
+  assert first[1] != full[1]
+
+
+def test_an_epoch_covers_the_split_and_epochs_differ():
+  first, second = (
+    np.asarray(data_lib.epoch_order(3, epoch, SIZE)) for epoch in (0, 1)
+  )
+  assert sorted(first) == sorted(second) == list(range(SIZE))
+  assert first.tolist() != second.tolist()
+  np.testing.assert_array_equal(first, data_lib.epoch_order(3, 0, SIZE))
+
+
+def test_the_steps_of_an_epoch_see_every_example_once():
+  # The gradient of a linear probe of one-hot inputs tells who was there.
+  seen = []
+  order = data_lib.epoch_order(0, 5, SIZE)
+  data = {
+    "inputs": np.arange(SIZE, dtype=np.float32)[:, None],
+    "targets": np.zeros(SIZE, np.int32),
+    "order": order,
+  }
+
+  class Probe:
+    def apply(self, variables, x, train, rngs):
+      del train, rngs
+      logits = variables["params"]["w"] * jnp.ones((x.shape[0], 2))
+      index = x[:, 0].astype(jnp.int32)
+      # The gradient for `seen` counts how often an example was used.
+      logits += 0 * logits.at[:, 0].add(1.0)
+      extra = variables["params"]["seen"][index]
+      return jnp.stack([logits[:, 0] - extra, logits[:, 1]], axis=1)
+
+  step = make_step(
+    Probe(),
+    SGD,
+    loss="cross_entropy",
+    preprocess=preprocess,
+    sampler=sampling.full,
+    batch_size=BATCH,
+    steps_per_epoch=SIZE // BATCH,
+    lam=0.0,
+    penalty=None,
+    full_pass=None,
+    mesh=make_mesh(1),
+  )
+  params = {"w": jnp.zeros(()), "seen": jnp.zeros(SIZE)}
+  state = TrainState(
+    step=jnp.int32(5 * SIZE // BATCH),
+    params=params,
+    batch_stats={},
+    opt_state=SGD.init(params),
+    ranks={},
+    key=jax.random.key_data(jax.random.key(1)),
+    metrics=zero_metrics("cross_entropy"),
+  )
+  call = jax.jit(step)
+  for _ in range(SIZE // BATCH):
+    before = state.params["seen"]
+    state, _ = call(state, data)
+    moved = np.flatnonzero(np.asarray(state.params["seen"] != before))
+    assert len(moved) == BATCH
+    seen += moved.tolist()
+  assert sorted(seen) == list(range(SIZE))
