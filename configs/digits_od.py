@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError(f"unknown variants {sorted(unknown)}; known: smoke")
   c = ConfigDict()
   c.seed = 0
-  c.method = "maestro"  # see maestro/methods.py, e.g. "dense"
+  c.method = "maestro"  # see maestro/methods/table.py, e.g. "dense"
   c.model = ConfigDict({"name": "mlp", "features": (256, 128)})
   c.data = ConfigDict({"name": "digits"})
   c.loss = "cross_entropy"

@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError(f"unknown variants {sorted(unknown)}; known: paper, smoke")
   c = ConfigDict()
   c.seed = 0
-  c.method = "maestro"  # see maestro/methods.py, e.g. "dense"
+  c.method = "maestro"  # see maestro/methods/table.py, e.g. "dense"
   c.model = ConfigDict({"name": "lenet", "dtype": config_dict.placeholder(str)})
   c.data = ConfigDict(
     {

@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError(f"unknown variants {sorted(unknown)}; known: smoke")
   c = ConfigDict()
   c.seed = 0
-  c.method = "maestro"  # see maestro/methods.py, e.g. "dense"
+  c.method = "maestro"  # see maestro/methods/table.py, e.g. "dense"
   c.model = ConfigDict({"name": "linear_map", "features": 6})
   c.data = ConfigDict(
     {"name": "linear", "in_features": 9, "out_features": 6, "rank": 3}

@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError(f"choose one of the variants {', '.join(_RECIPES)}")
   c = ConfigDict()
   c.seed = 0
-  c.method = "maestro"  # see maestro/methods.py, e.g. "dense"
+  c.method = "maestro"  # see maestro/methods/table.py, e.g. "dense"
   c.model = ConfigDict(
     {
       "name": "resnet18",

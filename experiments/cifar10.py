@@ -105,7 +105,7 @@ def check_device(network: str, width: int = 64) -> dict[str, Any]:
   import numpy as np
 
   import maestro
-  from maestro import trees as lowrank
+  from maestro import trees
   from maestro.models import MODELS
 
   name = {"resnet": "resnet18", "vgg": "vgg19"}[network]
@@ -117,9 +117,9 @@ def check_device(network: str, width: int = 64) -> dict[str, Any]:
   kernels = variables["params"]
   factor = jax.jit(lambda k: maestro.decompose(k, [maestro.Rule()], layers))
   params = factor(kernels)
-  full = lowrank.flatten_ranks(jax.device_get(maestro.full_ranks(params)))
+  full = trees.flatten_ranks(jax.device_get(maestro.full_ranks(params)))
   # At least half of them: fewer, in every layer, leave nothing of a signal.
-  ranks = lowrank.unflatten_ranks(
+  ranks = trees.unflatten_ranks(
     {path: np.int32(rng.integers(r // 2, r + 1)) for path, r in full.items()}
   )
 

@@ -9,8 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maestro import ops
-from maestro import trees as lowrank
+from maestro import ops, trees
 from maestro.nn import (
   general_axes,
   pad_input,
@@ -138,7 +137,7 @@ def layers(model: nn.Module, *inputs: Any, **kwargs: Any):
   found = {}
   for path, calls in records.items():
     spec = calls[0]
-    node = lowrank.get(params, path)
+    node = trees.get(params, path)
     kernel = node.get(spec.weight) if node else None
     if kernel is None:
       continue
@@ -254,7 +253,7 @@ def capture_inputs(
   with nn.intercept_methods(_outermost(record)):
     _, state = model.apply(variables, *inputs, mutable=["captured"], **kwargs)
   found = state.get("captured", {})
-  return {path: lowrank.get(found, path)["inputs"] for path in sorted(paths)}
+  return {path: trees.get(found, path)["inputs"] for path in sorted(paths)}
 
 
 def check_ranks(
@@ -275,7 +274,7 @@ def check_ranks(
       ranks,
       *inputs,
     )
-  unread = sorted(set(lowrank.flatten_ranks(ranks)) - read)
+  unread = sorted(set(trees.flatten_ranks(ranks)) - read)
   if unread:
     raise LowRankError(
       f"ranks of {unread} are read by no layer, which would run at full rank;"

@@ -269,7 +269,7 @@ def truncate(params: Tree, ranks: Tree, multiple_of: int = 1) -> dict:
 
   where r is the rank rounded up to a multiple of `multiple_of` (the largest of
   them for a stacked or grouped layer); what is kept beyond the rank is zero.
-  Optimizer states are cut by `maestro.optim.truncate`.
+  Optimizer states are cut by `maestro.training.optim.truncate`.
 
   Raises:
     LowRankError: a rank is traced (shapes must be known), out of range, or

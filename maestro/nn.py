@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 
-from maestro import ops
-from maestro import trees as lowrank
+from maestro import ops, trees
 from maestro.trees import LowRankError
 
 # Paths whose rank was read, while `check_ranks` traces a model.
@@ -55,7 +54,7 @@ def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
   if rank is not None and read is not None:
     read.add(path_of(module))
   if rank is not None:
-    lowrank.check_rank(rank, u.shape[-1], path_of(module))
+    trees.check_rank(rank, u.shape[-1], path_of(module))
   return u, v, rank
 
 
@@ -221,8 +220,8 @@ class Conv(nn.Conv):
         " not supported; keep the layer dense (Rule(..., decompose=False))"
       )
     if rank is not None:
-      u = lowrank.mask_factor(u, "u", rank)
-      v = lowrank.mask_factor(v, "v", rank)
+      u = trees.mask_factor(u, "u", rank)
+      v = trees.mask_factor(v, "v", rank)
     kernel = jnp.dot(u, v, precision=self.precision) * self.mask
     return kernel, jnp.eye(self.features, dtype=kernel.dtype)
 
@@ -267,8 +266,8 @@ class Embed(nn.Embed):
   def _masked_factors(self):
     u, v, rank = _factors(self)
     if rank is not None:
-      u = lowrank.mask_factor(u, "u", rank)
-      v = lowrank.mask_factor(v, "v", rank)
+      u = trees.mask_factor(u, "u", rank)
+      v = trees.mask_factor(v, "v", rank)
     return u, v
 
   def __call__(self, inputs: jax.Array) -> jax.Array:

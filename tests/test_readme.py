@@ -47,4 +47,6 @@ def test_every_config_and_module_command_in_the_readme_exists():
   for module in set(re.findall(command, README)):
     if module.endswith(".NAME"):
       continue
-    assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    path = ROOT / module.replace(".", "/")
+    files = (path.with_suffix(".py"), path / "__main__.py")
+    assert any(file.exists() for file in files), module

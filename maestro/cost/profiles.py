@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from maestro import trees as lowrank
+from maestro import trees
 from maestro.cost.budget import current
 from maestro.errors import UserError
 from maestro.trees import LayerSpec, Tree
@@ -99,6 +99,6 @@ def parse_profile(
         f" [0, {now[path].max(initial=0)}], the ranks of this checkpoint"
       )
     flat[path] = np.minimum(now[path], rank)
-  return lowrank.unflatten_ranks(
+  return trees.unflatten_ranks(
     {path: np.asarray(rank, np.int32)[()] for path, rank in flat.items()}
   )

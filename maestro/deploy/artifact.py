@@ -6,7 +6,7 @@
   model.stablehlo    optional: the network with its weights, for `jax.export`
 
 The weights may hold several sizes of one network, its profiles; loading one of
-them reads what it needs (`maestro.packing`). Every byte that is read is
+them reads what it needs (`maestro.deploy.packing`). Every byte that is read is
 verified.
 """
 

@@ -341,7 +341,7 @@ def choose_ranks(
   """Chooses the ranks of a run for a budget: a rank tree.
 
   Args:
-    run: from `maestro.build.open_run`.
+    run: from `maestro.training.build.open_run`.
     budget: see `Budget`.
     rule: of `RULES`.
     dataset: of the run; only greedy and dp need it.
@@ -408,7 +408,7 @@ def allocate(
   are nested among budgets of one kind.
 
   Args:
-    run: from `maestro.build.open_run`.
+    run: from `maestro.training.build.open_run`.
     budgets: see `Budget`.
     dataset: of the run.
     rule: of `RULES`.

@@ -100,7 +100,7 @@ def export(
   """Writes networks of one run, nested and the largest first, to a directory.
 
   Args:
-    run: from `maestro.build.open_run`.
+    run: from `maestro.training.build.open_run`.
     out: directory to make; an earlier export there is replaced.
     sizes: what to cut out; () is the run at its own ranks.
     checkpoint: which one `run` is, for the record.
@@ -340,8 +340,8 @@ def choose_sizes(
   """Turns what a command line asks for into sizes; () is the run's own ranks.
 
   Args:
-    run: from `maestro.build.open_run`.
-    budget: "kind:value", see `maestro.budget`.
+    run: from `maestro.training.build.open_run`.
+    budget: "kind:value", see `maestro.cost.budget`.
     ranks: path of a profile file, {"ranks": {layer path: rank}}.
     profiles: fractions of the dense network's MACs.
     rule: of `maestro.allocate`; None is greedy, and dp for profiles.

@@ -1,1 +1,5 @@
 """Methods as choices of pieces. Open `table.py` first, then `bind.py`."""
+
+from maestro.methods.table import METHODS, Method
+
+__all__ = ["METHODS", "Method"]

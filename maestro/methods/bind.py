@@ -2,7 +2,7 @@
 
 `Method` says which of them a run uses; the functions at the end of this file
 build, from a config, what the loop calls. To add a method, add a function here
-if it needs a new one, and name the pieces in `maestro.methods.METHODS`.
+if it needs a new one, and name the pieces in `maestro.methods.table.METHODS`.
 """
 
 import difflib

@@ -28,7 +28,7 @@ def data(
 ) -> dict:
   """Takes the best approximation of each layer's outputs on training data.
 
-  See `maestro.calibrate`; `examples` training examples are its data.
+  See `maestro.methods.calibrate`; `examples` training examples are its data.
   """
   del key
   return calibrate.decompose(params, rules, layers, moments(examples))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import trees as lowrank
+from maestro import trees
 from maestro.methods.rank_rules import Spectra
 from maestro.trees import Layers, Tree
 
@@ -40,8 +40,8 @@ def put_together(
 def matrices(params: Tree, layers: Layers, paths: Iterable[str]) -> dict:
   """Returns dense kernels as matrices [*lead, in, out]."""
   return {
-    path: lowrank.to_matrix(
-      lowrank.get(params, path)[layers[path].weight], layers[path]
+    path: trees.to_matrix(
+      trees.get(params, path)[layers[path].weight], layers[path]
     )
     for path in paths
   }

@@ -2,7 +2,7 @@
 
 A method says how a dense kernel becomes factors, when, at which ranks, what is
 sampled, penalised and shrunk, and what is trained. The pieces are functions in
-`maestro.pieces`; the loop knows them and no method. config.method is a name in
+`maestro.methods`; the loop knows them and no method. config.method is a name in
 `METHODS`, or that name and pieces that differ:
 
   method: pufferfish
@@ -26,28 +26,28 @@ class Method:
     decompose: when the kernels that config.rules select become factors:
       "start"; "settle", at the start of the settle phase, with a fresh
       optimizer; "end", after the last step; None is never.
-    decomposer: how, see `pieces.DECOMPOSERS`.
-    ranks: at which ranks, see `pieces.RANK_RULES`, rounded up; at most those
+    decomposer: how, see `methods.DECOMPOSERS`.
+    ranks: at which ranks, see `methods.RANK_RULES`, rounded up; at most those
       of the rules.
     budget: "macs:0.5" or "params:0.5" scales all ranks by one factor, to the
       largest ones at which the final network costs at most this fraction of
-      the dense one, see `pieces.fit_budget`. Applies at decomposition; where
+      the dense one, see `methods.fit_budget`. Applies at decomposition; where
       that is at the start, and ranks are sampled or shrunk, at the end of
       discover.
     sampler: of ranks in each step, see `sampling.SAMPLERS`; {"name": "phase"}
       is config.discover.sampler and config.settle.sampler; None samples none.
     shrink: how ranks are lowered after each epoch of a phase with `shrink`,
-      see `pieces.SHRINKERS`; None never.
-    penalty: what is added to the loss, see `pieces.PENALTIES`.
+      see `methods.SHRINKERS`; None never.
+    penalty: what is added to the loss, see `methods.PENALTIES`.
     proximal: takes the group lasso as an exact step of the optimizer, see
-      `maestro.prox`, instead of in the loss.
+      `maestro.methods.prox`, instead of in the loss.
     lam: weight of the penalty (and of the projection's) in both phases; None
       is config.discover.lam and config.settle.lam. Where it is a step after the
       optimizer's, with momentum mu, that has the weight lam / (1 - mu), so that
       lam means the same as in the loss.
     project: every so many steps, dense kernels are cut to the ranks that
-      `ranks` and `budget` give then, see `pieces.Projection`; None is off.
-    switch: ends discover early, see `pieces.SWITCHES`; settle is longer by as
+      `ranks` and `budget` give then, see `methods.Projection`; None is off.
+    switch: ends discover early, see `methods.SWITCHES`; settle is longer by as
       much. None keeps config.discover.epochs.
     trainable: "all", or "factors", to freeze all parameters but factors once
       there are any.

@@ -20,7 +20,7 @@ class Phase:
 
   Attributes:
     epochs: its length.
-    schedule: learning-rate schedule of this phase, see `maestro.optim`.
+    schedule: learning-rate schedule of this phase, see `training.optim`.
     lam: lambda, the weight of the group lasso.
     sampler: ordered-dropout sampler, see `maestro.sampling`.
     shrink: whether ranks are lowered after each epoch.
@@ -90,7 +90,7 @@ class Config:
     data: name and options of a data set in `maestro.data.DATASETS`.
     discover: the phase that finds ranks.
     settle: the phase that trains at the ranks found; 0 epochs is the paper.
-    optimizer: name and options, see `maestro.optim.make`.
+    optimizer: name and options, see `maestro.training.optim.make`.
     batch_size: examples per step, over all devices.
     method: a name in `maestro.methods.METHODS`, such as "maestro", or "dense"
       for the same run without factors; or a mapping of that name and pieces of

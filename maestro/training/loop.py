@@ -1,7 +1,7 @@
 """The training loop: discover ranks, settle at them, report what was kept.
 
 What is decomposed, sampled, penalised, shrunk and trained, and when, are the
-pieces that config.method chooses: see `maestro.pieces`.
+pieces that config.method chooses: see `maestro.methods`.
 
 `train(config, workdir)` reads from top to bottom; what a reader would skip is
 in the helpers below it.
@@ -65,7 +65,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   """Runs, or resumes, the training that a config describes.
 
   Args:
-    config: nested mapping, see `maestro.config.Config`.
+    config: nested mapping, see `maestro.training.config.Config`.
     workdir: directory of the run. If it holds a checkpoint of the same config,
       the run resumes from it; a finished run is reported and left as it is.
 

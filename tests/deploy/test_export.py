@@ -15,6 +15,7 @@ import pytest
 
 import maestro
 from maestro import data as data_lib
+from maestro import export as export_command
 from maestro import introspect, lowrank, nn, trees
 from maestro.deploy import artifact, export, packing, stablehlo
 from maestro.errors import UserError
@@ -519,8 +520,8 @@ def test_the_command_line(runs, tmp_path, monkeypatch, capsys):
 
   def command(**values):
     values = types.SimpleNamespace(**flags | values)
-    monkeypatch.setattr(command.flags, "FLAGS", values)
-    command.main(["maestro.export"])
+    monkeypatch.setattr(export_command.flags, "FLAGS", values)
+    export_command.main(["maestro.export"])
     return capsys.readouterr().out
 
   out = command(profiles=["0.3", "0.9", "0.6"], rule="uniform")

@@ -618,8 +618,8 @@ def test_a_fit_is_the_largest_that_the_budget_allows(kind, fraction, cases):
   case = cases["network"]
   size = cost.count_cost(case.layers, case.dense)
   flat = trees.flatten_ranks(jax.device_get(case.full))
-  budget = f"{kind}:{fraction}"
-  fitted = budget.fit_budget(flat, flat, case.layers, budget, size)
+  text = f"{kind}:{fraction}"
+  fitted = budget.fit_budget(flat, flat, case.layers, text, size)
 
   def spent(ranks):
     small = lowrank.extract(

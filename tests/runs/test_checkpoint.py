@@ -338,7 +338,7 @@ def run(script, *arguments):
 DISK_FULL = """
 import resource, sys
 import numpy as np
-from maestro.checkpoint import Checkpoints, CheckpointError
+from maestro.runs.checkpoint import Checkpoints, CheckpointError
 
 def state(step, size):
   normal = np.random.default_rng(step).normal(size=size)
@@ -378,7 +378,7 @@ def test_full_disk_leaves_the_newest_step(tmp_path, then, step):
 KILL = """
 import os, signal, sys, time
 import numpy as np
-from maestro.checkpoint import Checkpoints
+from maestro.runs.checkpoint import Checkpoints
 
 def state(step):
   normal = np.random.default_rng(step).normal(size=(4, 50000))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from maestro import data as data_lib
-from maestro import trees as lowrank
+from maestro import trees
 from maestro.errors import Interrupted, UserError
 from maestro.report import figures, tables
 from maestro.runs import checkpoint, metrics
@@ -401,7 +401,7 @@ def test_a_cut_changes_no_evaluation(tmp_path, monkeypatch):
   x = dataset.preprocess(jnp.asarray(dataset.val.inputs))
   for before, ranks, after in pairs:
     sizes = [
-      sum(n["u"].shape[-1] for n in lowrank.factored(p).values())
+      sum(n["u"].shape[-1] for n in trees.factored(p).values())
       for p in (before, after)
     ]
     assert sizes[1] < sizes[0]
