@@ -5,7 +5,7 @@
   python -m experiments.data_aware --workdir=<dir>  # a dense run that is there
 
 Decomposes every layer of a trained dense LeNet twice, by the plain SVD and for
-512 training examples (`maestro.methods.calibrate`), and reports at every rank the
+512 training examples (`methods.calibrate`), and reports at every rank the
 relative squared error of the layer's outputs, on those examples and on the
 5,000 of the validation split, which neither has seen. Writes
 experiments/results/data_aware/data_aware.json and docs/images/data_aware.png;

@@ -1,5 +1,6 @@
 """Convolutions on CPUs, as products where XLA's own are slow."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -8,20 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# ---------------------------------------------------------------------------
-# A convolution as one product, where XLA's own is slow
-# ---------------------------------------------------------------------------
-
 # XLA:CPU takes some sixty times as long as a product for outputs of 2 x 2
 # pixels, a little longer at 4 x 4 unless channels get fewer, and longer for the
 # channels of raw images; see docs/performance.md.
 _FEWEST_PIXELS, _FEW_PIXELS = 4, 16
-
-
 _FEW_CHANNELS = 3
-
-
 _MOST_NUMBERS = 1 << 26  # in patches of few channels: 256 MB of float32
+
+# Its gradient for the kernel takes 5 times as long as products at 32 x 32
+# pixels, 1.7 times at 16 x 16, and no longer at 8 x 8.
+_MANY_PIXELS = 100
 
 
 def convolution(
@@ -36,12 +33,13 @@ def convolution(
   feature_group_count,
   **options,
 ):
-  """Computes `lax.conv_general_dilated`, on CPUs by a product if that is fast.
+  """Computes `lax.conv_general_dilated`, on CPUs by products where those win.
 
-  That is the case for windows of one pixel, for outputs of few pixels and for
-  inputs of few channels: there, shifted slices of the padded input, side by
-  side, are multiplied with the kernel as a matrix. On accelerators XLA's
-  convolution is always used.
+  One product, of shifted slices of the padded input side by side with the
+  kernel as a matrix, for windows of one pixel, outputs of few pixels and inputs
+  of few channels. For outputs of many pixels, XLA's convolution with a gradient
+  of its own for the kernel, a product for each offset of the window; that has
+  no forward-mode derivative. On accelerators it is XLA's alone.
   """
   layout = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
   last, n = x.ndim - 1, x.ndim - 2
@@ -79,10 +77,13 @@ def convolution(
       and numbers <= _MOST_NUMBERS
     )
     one = math.prod(window) == 1 and not any(map(any, padding))
+    precision = options.get("precision")
     if min(pixels, default=0) > 0 and (few or one):
-      return _product(
-        x, kernel, strides, padding, rhs_dilation, options["precision"]
-      )
+      return _product(x, kernel, strides, padding, rhs_dilation, precision)
+    plain = not {k for k, v in options.items() if v is not None} - {"precision"}
+    if plain and math.prod(pixels) >= _MANY_PIXELS and x.dtype == kernel.dtype:
+      pads = tuple(map(tuple, padding))
+      return _large(strides, pads, rhs_dilation, precision, x, kernel)
   return lax.conv_general_dilated(
     x,
     kernel,
@@ -94,6 +95,73 @@ def convolution(
     feature_group_count=feature_group_count,
     **options,
   )
+
+
+def _channels_last(x, kernel, strides, padding, dilation, precision):
+  """XLA's convolution of [b, *space, in] with [*window, in, out]."""
+  last, n = x.ndim - 1, x.ndim - 2
+  numbers = lax.ConvDimensionNumbers(
+    (0, last, *range(1, last)), (last, n, *range(n)), (0, last, *range(1, last))
+  )
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    strides,
+    padding,
+    rhs_dilation=dilation,
+    dimension_numbers=numbers,
+    precision=precision,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _large(strides, padding, dilation, precision, x, kernel):
+  """`_channels_last` with the gradients of `_large_backward`."""
+  return _channels_last(x, kernel, strides, padding, dilation, precision)
+
+
+def _large_forward(strides, padding, dilation, precision, x, kernel):
+  y = _channels_last(x, kernel, strides, padding, dilation, precision)
+  return y, (x, kernel)
+
+
+def _large_backward(strides, padding, dilation, precision, saved, g):
+  """Returns XLA's gradient for x; for the kernel, a product for each offset.
+
+  dK[o] = sum over b, p of  x[b, p * stride + o * dilation]^T g[b, p]
+  """
+  x, kernel = saved
+  n_in, n_out = kernel.shape[-2:]
+  _, transpose = jax.vjp(
+    lambda x: _channels_last(x, kernel, strides, padding, dilation, precision),
+    x,
+  )
+  edges = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+  padded, rows = lax.pad(x, jnp.zeros((), x.dtype), edges), g.reshape(-1, n_out)
+  # Accumulated in at least float32, as XLA's own gradient is.
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  parts = []
+  for offset in np.ndindex(*kernel.shape[:-2]):
+    start = [o * d for o, d in zip(offset, dilation, strict=True)]
+    stop = [
+      a + (size - 1) * s + 1
+      for a, size, s in zip(start, g.shape[1:-1], strides, strict=True)
+    ]
+    seen = lax.slice(
+      padded, (0, *start, 0), (x.shape[0], *stop, n_in), (1, *strides, 1)
+    )
+    part = lax.dot_general(
+      seen.reshape(-1, n_in),
+      rows,
+      (((0,), (0,)), ((), ())),
+      precision=precision,
+      preferred_element_type=wide,
+    )
+    parts.append(part.astype(kernel.dtype))
+  return transpose(g)[0], jnp.stack(parts).reshape(kernel.shape)
+
+
+_large.defvjp(_large_forward, _large_backward)
 
 
 def _product(x, kernel, strides, padding, dilation, precision):

@@ -349,3 +349,72 @@ def test_few_rows_are_not_worth_multiplying_out():
   few = _shapes_of_products(ops.lowrank_dot, jnp.ones((2, 8)), u, v)
   many = _shapes_of_products(ops.lowrank_dot, jnp.ones((500, 8)), u, v)
   assert (8, 9) not in few and (8, 9) in many
+
+
+# ---------------------------------------------------------------------------
+# Gradients of convolutions with many pixels, on CPUs
+# ---------------------------------------------------------------------------
+
+_LARGE = {
+  "plain": {},
+  "valid": {"padding": "VALID"},
+  "strided": {"strides": (2, 2)},
+  "uneven": {"strides": (3, 2), "padding": ((2, 0), (1, 3))},
+  "dilated": {"rhs_dilation": (2, 1)},
+  "cropped": {"padding": ((-1, 2), (0, -2))},
+}
+
+
+def _convolve(x, kernel, convolve, **options):
+  options = {"strides": (1, 1), "padding": "SAME"} | options
+  strides, padding = options.pop("strides"), options.pop("padding")
+  return convolve(
+    x,
+    kernel,
+    strides,
+    padding,
+    lhs_dilation=None,
+    rhs_dilation=options.pop("rhs_dilation", None),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=1,
+    precision=None,
+  )
+
+
+@pytest.mark.parametrize("options", _LARGE.values(), ids=_LARGE)
+@pytest.mark.parametrize("window", [(3, 3), (5, 2)], ids=str)
+def test_gradients_of_large_convolutions_are_those_of_xla(options, window):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, 41, 37, 5)), jnp.float32)
+  kernel = jnp.asarray(rng.standard_normal((*window, 5, 4)), jnp.float32)
+
+  def run(convolve):
+    y, pull = jax.vjp(
+      lambda x, k: _convolve(x, k, convolve, **options), x, kernel
+    )
+    return y, pull(jnp.cos(y))
+
+  ours, theirs = run(ops.convolution), run(jax.lax.conv_general_dilated)
+  np.testing.assert_array_equal(ours[0], theirs[0])
+  for a, b in zip(ours[1], theirs[1], strict=True):
+    assert np.abs(a - b).max() <= 2e-6 * np.abs(b).max()
+  jaxpr = str(jax.make_jaxpr(lambda: run(ops.convolution)[1][1])())
+  assert jaxpr.count("dot_general[") == window[0] * window[1]
+
+
+def test_large_convolutions_batch_and_keep_half_precision():
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.standard_normal((3, 2, 16, 16, 4)), jnp.bfloat16)
+  kernel = jnp.asarray(rng.standard_normal((3, 3, 4, 6)), jnp.bfloat16)
+
+  def gradient(x, convolve):
+    def loss(k):
+      return jnp.sum(_convolve(x, k, convolve).astype(jnp.float32) ** 2)
+
+    return jax.grad(loss)(kernel)
+
+  ours = jax.vmap(lambda x: gradient(x, ops.convolution))(x)
+  assert ours.dtype == jnp.bfloat16
+  for a, row in zip(ours, x, strict=True):
+    b = gradient(row, jax.lax.conv_general_dilated).astype(jnp.float32)
+    assert np.abs(a.astype(jnp.float32) - b).max() <= 0.02 * np.abs(b).max()
