@@ -22,7 +22,9 @@ that is itself one layer.
 """
 
 import dataclasses
+import math
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +39,7 @@ from maestro.trees import (
   check_factors,
   check_rank,
   component_axes,
+  factored,
   find_lead,
   flatten_ranks,
   get,
@@ -48,7 +51,6 @@ from maestro.trees import (
   to_kernel,
   to_matrix,
   unflatten_ranks,
-  walk,
 )
 
 
@@ -111,6 +113,34 @@ def resolve(
   return chosen
 
 
+def svd(matrix: jax.Array, path: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns U, s and V^H of matrices [*lead, in, out], in at least float32.
+
+  What is not finite never reaches LAPACK, where it need not return: a concrete
+  matrix raises, a traced one has NaN for singular values.
+
+  Raises:
+    LowRankError: a concrete matrix is not finite; names the layer.
+  """
+  finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+  if not is_traced(finite) and not np.all(finite):
+    raise LowRankError(
+      f"layer {path!r}: its kernel holds NaN or infinity and has no"
+      " decomposition; mend the parameters, or start from an earlier checkpoint"
+    )
+  # SVD has no half-precision form.
+  wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+  wide = jnp.where(finite, wide, jnp.zeros((), wide.dtype))
+  left, s, right = jnp.linalg.svd(wide, full_matrices=False)
+  return left, jnp.where(finite[..., 0], s, jnp.nan), right
+
+
+def fresh(path: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """Draws u [*lead, in, R] ~ N(0, 1 / in), the same for a path each time."""
+  key = jax.random.key(zlib.crc32(path.encode()))
+  return jax.random.normal(key, shape, dtype) / math.sqrt(shape[-2])
+
+
 def decompose(
   params: Tree, rules: Sequence[Rule], layers: Mapping[str, LayerSpec]
 ) -> dict:
@@ -119,8 +149,11 @@ def decompose(
     kernel = U diag(s) V^T  ->  u = U sqrt(s), v = sqrt(s) V^T
 
   so that u @ v is the kernel (its best approximation, if the rule's rank is
-  below the full one) and the components are ordered by singular value. Can be
-  traced: abstract and sharded trees take the same path.
+  below the full one) and the components are ordered by singular value. Those
+  of singular value zero (to the rounding of the SVD) have u at random and v
+  zero, so that they can still learn. Can be traced: abstract and sharded trees
+  take the same path. Not to be differentiated: singular vectors have no
+  derivative where singular values meet.
 
   Args:
     params: nested mapping of parameters with dense kernels.
@@ -145,15 +178,22 @@ def decompose(
         f" {spec.kernel_shape} to decompose, found {found}"
       )
     matrix = to_matrix(kernel, spec)
-    # SVD has no half-precision form; the factors keep the kernel's dtype.
-    wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-    left, s, right = jnp.linalg.svd(wide, full_matrices=False)
+    left, s, right = svd(matrix, path)
+    # Where a singular value is zero, both factors would be, and with them both
+    # gradients, for ever: u starts at random instead, which changes nothing.
+    size = max(spec.n_in, spec.n_out) * jnp.finfo(s.dtype).eps
+    dead = (s <= size * s[..., :1])[..., :rank]
     root = jnp.sqrt(s[..., :rank])
-    u = left[..., :rank] * root[..., None, :]
-    v = root[..., :, None] * right[..., :rank, :]
+    u = jnp.where(
+      dead[..., None, :],
+      fresh(path, (*spec.lead, spec.n_in, rank), left.dtype),
+      left[..., :rank] * root[..., None, :],
+    )
+    v = jnp.where(dead, 0.0, root)[..., :, None] * right[..., :rank, :]
+    shape_u, shape_v = spec.factor_shapes(rank)
     changes[path] = {k: x for k, x in node.items() if k != spec.weight} | {
-      "u": u.reshape((*spec.lead, *spec.inputs, rank)).astype(kernel.dtype),
-      "v": v.reshape((*spec.lead, rank, *spec.outputs)).astype(kernel.dtype),
+      "u": u.reshape(shape_u).astype(kernel.dtype),
+      "v": v.reshape(shape_v).astype(kernel.dtype),
     }
   return replace(params, changes)
 
@@ -167,12 +207,12 @@ def full_ranks(
 
   Args:
     params: parameters with factored layers.
-    layers: needed only where shapes do not tell leading axes apart.
+    layers: from `maestro.layers`; needed where shapes do not tell leading axes
+      apart, or where foreign modules hold parameters u and v.
   """
-  layers = layers or {}
   flat = {}
-  for path, node in walk(params):
-    lead = find_lead(node, layers.get(path), path)
+  for path, node in factored(params, layers).items():
+    lead = find_lead(node, (layers or {}).get(path), path)
     check_factors(node, lead, path)
     flat[path] = jnp.full(lead, node["u"].shape[-1], jnp.int32)
   return unflatten_ranks(flat)
@@ -194,13 +234,12 @@ def merge(
       grouped or an embedding.
     where: which paths to merge; None merges every factored layer.
   """
-  layers = layers or {}
   changes = {}
-  for path, node in walk(params):
+  for path, node in factored(params, layers).items():
     if where is not None and not where(path):
       continue
     u, v = node["u"], node["v"]
-    spec = layers.get(path)
+    spec = None if layers is None else layers[path]
     lead = find_lead(node, spec, path)
     if spec is None:
       if lead:
@@ -311,8 +350,10 @@ def extract(
   these ranks allow. A layer that holds its kernel too is always merged.
   """
   small = truncate(params, ranks, multiple_of)
-  sizes = {path: node["u"].shape[-1] for path, node in walk(small)}
-  if missing := sizes.keys() - layers.keys():
+  sizes = {
+    path: node["u"].shape[-1] for path, node in factored(small, layers).items()
+  }
+  if missing := flatten_ranks(ranks).keys() - layers.keys():
     raise LowRankError(
       f"layers {sorted(missing)} hold factors but are not in `layers`; pass"
       " maestro.layers(model, inputs) of the model that these parameters are of"
@@ -332,7 +373,8 @@ def squared_norms(x: jax.Array, name: str, rank: Any) -> jax.Array:
   # Masked before it is squared, or a NaN would reach the gradient: 0 * NaN.
   wide = mask_factor(x, name, rank)
   wide = wide.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return jnp.sum(wide * wide, axis=component_axes(x, name, jnp.ndim(rank)))
+  square = jnp.real(wide * jnp.conj(wide))
+  return jnp.sum(square, axis=component_axes(x, name, jnp.ndim(rank)))
 
 
 def _suffix_sums(x: jax.Array) -> jax.Array:
@@ -342,8 +384,8 @@ def _suffix_sums(x: jax.Array) -> jax.Array:
 
 def _sqrt(x: jax.Array) -> jax.Array:
   """Square root whose gradient at zero is zero (the sub-gradient, not NaN)."""
-  positive = x > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+  zero = x == 0  # not x > 0, by which NaN would turn into zero
+  return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 
 
 def _norms(params: Tree, ranks: Tree | None):
@@ -412,11 +454,21 @@ def shrink(params: Tree, ranks: Tree, threshold: float) -> dict:
   components below it change K by less than about `threshold`. Sub-gradient
   steps leave vanished components hovering at a floor of order
   (learning rate * lambda)^2; a threshold below that floor never shrinks.
+
+  Raises:
+    LowRankError: concrete factors hold NaN; traced ones keep their rank.
   """
   scores = importance(params, ranks)
+  for path, score in scores.items():
+    if not is_traced(score) and np.any(np.isnan(score)):
+      raise LowRankError(
+        f"layer {path!r}: its factors hold NaN, so no rank can be read off"
+        " them; go back to an earlier checkpoint"
+      )
   flat = {
     path: jnp.minimum(
-      jnp.sum(scores[path] >= threshold, axis=-1, dtype=jnp.int32),
+      # A NaN is below no threshold: its rank stays, and the loss shows it.
+      jnp.sum(~(scores[path] < threshold), axis=-1, dtype=jnp.int32),
       jnp.asarray(rank, jnp.int32),
     )
     for path, rank in flatten_ranks(ranks).items()

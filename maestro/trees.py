@@ -59,6 +59,13 @@ class LayerSpec:
   def full_rank(self) -> int:
     return min(self.n_in, self.n_out)
 
+  def factor_shapes(self, rank: int) -> tuple[tuple, tuple]:
+    """Shapes of u [*lead, *inputs, R] and v [*lead, R, *outputs]."""
+    return (
+      (*self.lead, *self.inputs, rank),
+      (*self.lead, rank, *self.outputs),
+    )
+
   @property
   def weight(self) -> str:
     """Name of the dense weight among the layer's parameters."""
@@ -80,7 +87,23 @@ Layers = Mapping[str, LayerSpec]  # {path: LayerSpec} of a model
 # Trees
 # ---------------------------------------------------------------------------
 def is_factored(node: Any) -> bool:
-  return isinstance(node, Mapping) and "u" in node and "v" in node
+  """True if a node holds arrays u and v that fit as factors.
+
+  A foreign layer may hold such arrays too; only `maestro.layers` tells.
+  """
+  if not isinstance(node, Mapping) or "u" not in node or "v" not in node:
+    return False
+  u, v = (getattr(node[name], "shape", None) for name in ("u", "v"))
+  return bool(u and v and _fitting_leads(u, v))
+
+
+def _fitting_leads(u: tuple, v: tuple) -> list[tuple[int, ...]]:
+  """Leading axes with which shapes u [*lead, .., R], v [*lead, R, ..] fit."""
+  return [
+    u[:n]
+    for n in range(min(len(u), len(v)) - 1)
+    if u[:n] == v[:n] and v[n] == u[-1]
+  ]
 
 
 def walk(tree: Tree, path: str = "") -> Iterator[tuple[str, Tree]]:
@@ -92,9 +115,16 @@ def walk(tree: Tree, path: str = "") -> Iterator[tuple[str, Tree]]:
       yield from walk(tree[name], f"{path}/{name}" if path else name)
 
 
-def factored(params: Tree) -> dict[str, Tree]:
-  """Returns {path: node} of the layers that hold factors, in sorted order."""
-  return dict(walk(params))
+def factored(params: Tree, layers: Layers | None = None) -> dict[str, Tree]:
+  """Returns {path: node} of the layers that hold factors, in sorted order.
+
+  Args:
+    params: a tree of parameters.
+    layers: from `maestro.layers`; without it, what fits counts as factors, also
+      the parameters u and v of a foreign module.
+  """
+  nodes = walk(params)
+  return {p: node for p, node in nodes if layers is None or p in layers}
 
 
 def get(tree: Tree, path: str) -> Any:
@@ -199,11 +229,7 @@ def find_lead(node: Tree, spec: LayerSpec | None, path: str) -> tuple[int, ...]:
   if spec is not None:
     return spec.lead
   u, v = node["u"].shape, node["v"].shape
-  candidates = [
-    u[:n]
-    for n in range(min(len(u), len(v)) - 1)
-    if u[:n] == v[:n] and v[n] == u[-1]
-  ]
+  candidates = _fitting_leads(u, v)
   if len(candidates) != 1:
     raise LowRankError(
       f"layer {path!r}: the shapes u {u}, v {v} do not tell which axes are"

@@ -514,3 +514,115 @@ def test_shrink_can_be_traced():
   params = _factors()
   found = jax.jit(lowrank.shrink)(params, RANKS, 2.0)
   _equal(found, lowrank.shrink(params, RANKS, 2.0))
+
+
+# ---------------------------------------------------------------------------
+# Kernels that are not finite, zero, or of low rank; foreign parameters
+# ---------------------------------------------------------------------------
+
+
+def _layer(n_in=6, n_out=4, **options):
+  return {"fc": trees.LayerSpec("dense", (n_in,), (n_out,), **options)}
+
+
+def _kernel(*shape):
+  return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("lead", [(), (3,)], ids=str)
+def test_what_is_not_finite_is_refused_or_shows(value, lead):
+  kernel = _kernel(*lead, 6, 4)
+  kernel[..., 2, 1] = value
+  layers, tree = _layer(stack=lead), {"fc": {"kernel": jnp.asarray(kernel)}}
+  with pytest.raises(LowRankError, match=r"'fc'.*NaN or infinity"):
+    lowrank.decompose(tree, [Rule()], layers)
+  traced = jax.jit(lambda p: lowrank.decompose(p, [Rule()], layers))(tree)
+  assert np.isnan(traced["fc"]["u"]).any() and np.isnan(traced["fc"]["v"]).any()
+
+
+def test_nan_shows_in_penalty_importance_and_ranks():
+  layers = _layer()
+  tree = lowrank.decompose({"fc": {"kernel": _kernel(6, 4)}}, [Rule()], layers)
+  ranks = lowrank.full_ranks(tree, layers)
+  for name in ("u", "v"):
+    factor = tree["fc"][name].at[0, 0].set(jnp.nan)
+    bad = {"fc": tree["fc"] | {name: factor}}
+    for kind in ("hierarchical", "flat"):
+      assert np.isnan(lowrank.group_lasso(bad, ranks, kind))
+    assert np.isnan(lowrank.importance(bad, ranks)["fc"]).any()
+    with pytest.raises(LowRankError, match=r"'fc'.*NaN"):
+      lowrank.shrink(bad, ranks, 1e-3)
+    kept = jax.jit(lambda p, r: lowrank.shrink(p, r, 1e-3))(bad, ranks)
+    assert int(kept["fc"]["rank"]) == 4
+
+
+@pytest.mark.parametrize("true_rank", [0, 1, 3])
+@pytest.mark.parametrize("lead", [(), (2,)], ids=str)
+def test_components_of_nothing_can_learn(true_rank, lead):
+  left, right = _kernel(*lead, 6, true_rank), _kernel(*lead, true_rank, 4)
+  kernel, layers = left @ right, _layer(stack=lead)
+  tree = lowrank.decompose({"fc": {"kernel": kernel}}, [Rule()], layers)
+  merged = lowrank.merge(tree, layers)["fc"]["kernel"]
+  np.testing.assert_allclose(merged, kernel, atol=2e-6)
+  target = _kernel(*lead, 6, 4) + 1
+
+  def loss(tree):
+    return jnp.sum((lowrank.merge(tree, layers)["fc"]["kernel"] - target) ** 2)
+
+  grads = jax.grad(loss)(tree)["fc"]
+  axis = (*range(len(lead)), -1)
+  assert np.all(np.abs(grads["v"]).sum(axis) > 0)  # every component moves
+  ranks = lowrank.shrink(tree, lowrank.full_ranks(tree, layers), 1e-5)
+  assert np.all(ranks["fc"]["rank"] == true_rank)
+
+
+def test_a_large_kernel_of_low_rank_keeps_its_rank():
+  kernel = _kernel(256, 16) @ np.linalg.qr(_kernel(256, 16))[0].T
+  kernel *= 16 / np.linalg.norm(kernel)
+  layers = _layer(256, 256)
+  tree = lowrank.decompose({"fc": {"kernel": kernel}}, [Rule()], layers)
+  ranks = lowrank.shrink(tree, lowrank.full_ranks(tree, layers), 1e-5)
+  assert int(ranks["fc"]["rank"]) == 16
+
+
+def test_complex_kernels_have_real_norms():
+  kernel = (_kernel(5, 4) + 1j * _kernel(4, 5).T).astype(np.complex64)
+  layers = _layer(5, 4)
+  tree = lowrank.decompose({"fc": {"kernel": kernel}}, [Rule()], layers)
+  np.testing.assert_allclose(
+    lowrank.merge(tree, layers)["fc"]["kernel"], kernel, atol=2e-6
+  )
+  s = np.linalg.svd(kernel, compute_uv=False)
+  wanted = 2 * np.sum(np.sqrt(np.cumsum(s[::-1])))
+  assert float(lowrank.group_lasso(tree)) == pytest.approx(wanted, rel=1e-5)
+  scores = lowrank.importance(tree)["fc"]
+  np.testing.assert_allclose(scores, np.cumsum(s[::-1])[::-1], rtol=1e-5)
+
+
+def test_foreign_parameters_called_u_and_v_are_left_alone():
+  foreign = {
+    "gate": {"u": {"kernel": _kernel(4, 4)}, "v": {"kernel": _kernel(4, 4)}},
+    "scalar": {"u": jnp.ones(()), "v": jnp.ones((3,))},
+    "unfit": {"u": _kernel(4, 3), "v": _kernel(2, 5)},
+  }
+  fitting = {"raw": {"u": _kernel(4, 3), "v": _kernel(3, 5)}}
+  layers = _layer()
+  start = {"fc": {"kernel": _kernel(6, 4)}} | foreign | fitting
+  tree = lowrank.decompose(start, [Rule()], layers)
+  assert set(trees.factored(tree)) == {"fc", "raw"}
+  assert set(trees.factored(tree, layers)) == {"fc"}
+  ranks = lowrank.full_ranks(tree, layers)
+  assert set(ranks) == {"fc"}
+  small = {"fc": {"rank": jnp.int32(2)}}
+  forms = (
+    lowrank.merge(tree, layers),
+    lowrank.mask(tree, small),
+    lowrank.truncate(tree, small),
+    lowrank.extract(tree, small, layers),
+  )
+  for form in forms:
+    for name, node in (foreign | fitting).items():
+      jax.tree.map(np.testing.assert_array_equal, form[name], node)
+  alone = lowrank.group_lasso({"fc": tree["fc"]}, ranks)
+  assert float(lowrank.group_lasso(tree, ranks)) == float(alone)

@@ -91,7 +91,7 @@ def pack(
   largest = rank_tree(profiles[0].ranks)
   ends = {
     path: sorted({_stored(p.ranks[path]) for p in profiles})
-    for path in trees.factored(params)
+    for path in trees.factored(params, layers)
   }
 
   def where(path: str) -> bool:
@@ -106,7 +106,7 @@ def pack(
   params = jax.device_get(cut(params))
   tensors: dict[str, np.ndarray] = {}
   blocks: dict[str, dict[str, Any]] = {}
-  factored = trees.factored(params)
+  factored = trees.factored(params, layers)
   for path, x in traverse_util.flatten_dict(params, sep="/").items():
     layer, _, leaf = path.rpartition("/")
     name = f"params/{path}"

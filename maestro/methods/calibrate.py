@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import introspect as nn
-from maestro import lowrank, trees
+from maestro import introspect, lowrank, trees
 from maestro.errors import UserError
 from maestro.lowrank import Rule
 from maestro.trees import LayerSpec, Tree
@@ -85,7 +84,7 @@ def second_moments(
   """
 
   def sums(variables, inputs):
-    rows = nn.capture_inputs(model, variables, *inputs, **kwargs)
+    rows = introspect.capture_inputs(model, variables, *inputs, **kwargs)
     if missing := sorted(set(layers) - set(rows)):
       raise CalibrationError(
         f"layers {missing}: no inputs were seen; under nn.scan, list"
@@ -240,10 +239,14 @@ def decompose(
     root = np.sqrt(np.linalg.norm(u, axis=-2, keepdims=True))  # [*lead, 1, R]
     u = u / np.where(root > 0, root, 1.0)
     v = _transpose(root * q)
+    # What the kernel maps to zero can still learn, see `lowrank.decompose`.
+    shape = (*spec.lead, spec.n_in, rank)
+    u = np.where(root > 0, u, lowrank.fresh(path, shape, jnp.float32))
     dtype = node[spec.weight].dtype
+    shape_u, shape_v = spec.factor_shapes(rank)
     changes[path] = {x: y for x, y in node.items() if x != spec.weight} | {
-      "u": jnp.asarray(u.reshape((*spec.lead, *spec.inputs, rank)), dtype),
-      "v": jnp.asarray(v.reshape((*spec.lead, rank, *spec.outputs)), dtype),
+      "u": jnp.asarray(u.reshape(shape_u), dtype),
+      "v": jnp.asarray(v.reshape(shape_v), dtype),
     }
   return trees.replace(params, changes)
 

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maestro import lowrank, trees
 from maestro.methods import calibrate
-from maestro.trees import Layers, LayerSpec, Tree
+from maestro.trees import Layers, Tree
 
 
 # ---------------------------------------------------------------------------
@@ -44,12 +45,16 @@ def random(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
   for path, rank, key_u, key_v in _selected(rules, layers, key):
     spec, node = layers[path], trees.get(params, path)
     kernel = node[spec.weight]
+    _check_finite(path, kernel)
     square = jnp.mean(kernel.astype(jnp.float32) ** 2)
-    scale = ((square / max(rank, 1)) ** 0.25).astype(kernel.dtype)
-    shape_u, shape_v = _factor_shapes(spec, rank)
+    # Of a kernel of zeros: u as in an adapter and v zero, which can learn.
+    root = (square / max(rank, 1)) ** 0.25
+    scale_u = jnp.where(square == 0, spec.n_in**-0.5, root)
+    scale_u, root = scale_u.astype(kernel.dtype), root.astype(kernel.dtype)
+    shape_u, shape_v = spec.factor_shapes(rank)
     changes[path] = {k: x for k, x in node.items() if k != spec.weight} | {
-      "u": scale * jax.random.normal(key_u, shape_u, kernel.dtype),
-      "v": scale * jax.random.normal(key_v, shape_v, kernel.dtype),
+      "u": scale_u * jax.random.normal(key_u, shape_u, kernel.dtype),
+      "v": root * jax.random.normal(key_v, shape_v, kernel.dtype),
     }
   return trees.replace(params, changes)
 
@@ -65,8 +70,9 @@ def adapter(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
   changes = {}
   for path, rank, key_u, _ in _selected(rules, layers, key):
     spec, node = layers[path], trees.get(params, path)
+    _check_finite(path, node[spec.weight])
     dtype = node[spec.weight].dtype
-    shape_u, shape_v = _factor_shapes(spec, rank)
+    shape_u, shape_v = spec.factor_shapes(rank)
     u = jax.random.normal(key_u, shape_u, dtype)
     changes[path] = dict(node) | {
       "u": u / math.sqrt(spec.n_in),
@@ -75,18 +81,18 @@ def adapter(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
   return trees.replace(params, changes)
 
 
+def _check_finite(path: str, kernel: jax.Array) -> None:
+  if not trees.is_traced(kernel) and not np.all(np.isfinite(kernel)):
+    raise trees.LowRankError(
+      f"layer {path!r}: its kernel holds NaN or infinity; mend the parameters"
+    )
+
+
 def _selected(rules, layers: Layers, key: jax.Array) -> Iterator[tuple]:
   """Yields (path, rank, a key for u, one for v) of the layers to decompose."""
   for i, (path, rank) in enumerate(lowrank.resolve(rules, layers).items()):
     if rank is not None:
       yield path, rank, *jax.random.split(jax.random.fold_in(key, i))
-
-
-def _factor_shapes(spec: LayerSpec, rank: int) -> tuple[tuple, tuple]:
-  return (
-    (*spec.lead, *spec.inputs, rank),
-    (*spec.lead, rank, *spec.outputs),
-  )
 
 
 DECOMPOSERS = {"svd": svd, "data": data, "random": random, "adapter": adapter}

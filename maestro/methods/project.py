@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import trees
+from maestro import lowrank, trees
 from maestro.methods.rank_rules import Spectra
 from maestro.trees import Layers, Tree
 
@@ -16,10 +16,7 @@ from maestro.trees import Layers, Tree
 # ---------------------------------------------------------------------------
 @jax.jit
 def svds(kernels: Mapping[str, jax.Array]) -> dict:
-  return {
-    path: jnp.linalg.svd(k.astype(jnp.float32), full_matrices=False)
-    for path, k in kernels.items()
-  }
+  return {path: lowrank.svd(k, path) for path, k in kernels.items()}
 
 
 @jax.jit
@@ -49,4 +46,10 @@ def matrices(params: Tree, layers: Layers, paths: Iterable[str]) -> dict:
 
 def spectra(params: Tree, layers: Layers, paths: Iterable[str]) -> Spectra:
   parts = svds(matrices(params, layers, paths))
-  return {path: np.asarray(s) for path, (_, s, _) in parts.items()}
+  found = {path: np.asarray(s) for path, (_, s, _) in parts.items()}
+  if bad := [path for path, s in found.items() if np.any(np.isnan(s))]:
+    raise trees.LowRankError(
+      f"layers {bad}: their kernels hold NaN or infinity and have no spectrum;"
+      " go back to an earlier checkpoint"
+    )
+  return found

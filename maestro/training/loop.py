@@ -457,23 +457,17 @@ def _initial(c: Config, model: Any, layers, example):
       )
     params, stats, ranks, _ = checkpoint.load_params(source / "checkpoints")
     params = jax.tree.map(jnp.asarray, params)
-    _check_same_factors(params, layers, source)
+    _check_same_factors(params, ranks, layers, source)
     # The function that the other run learnt, at its ranks, as dense kernels.
     params = lowrank.merge(lowrank.truncate(params, ranks), layers)
     _check_same_shapes(params, _dense_params(model, example)["params"], source)
   return params, stats
 
 
-def _check_same_factors(params: Any, layers, source: pathlib.Path) -> None:
-  for path, node in trees.factored(params).items():
+def _check_same_factors(params, ranks, layers, source: pathlib.Path) -> None:
+  for path, (node, _) in trees.paired(params, ranks).items():
     found, spec = (node["u"].shape, node["v"].shape), layers.get(path)
-    wanted: Any = "absent"
-    if spec is not None:
-      rank = found[0][-1]
-      wanted = (
-        (*spec.lead, *spec.inputs, rank),
-        (*spec.lead, rank, *spec.outputs),
-      )
+    wanted = "absent" if spec is None else spec.factor_shapes(found[0][-1])
     if found != wanted:
       raise ConfigError(
         f"config.init_from: {source} does not fit this model: layer {path!r}"
