@@ -2,7 +2,7 @@
 
 from maestro import nn, ops, sampling
 from maestro.cost.count import Cost, LayerCost, count_cost
-from maestro.deploy.artifact import load
+from maestro.deploy.artifact import load, load_stablehlo
 from maestro.errors import UserError
 from maestro.introspect import check_ranks, layers
 from maestro.lowrank import (
@@ -20,7 +20,6 @@ from maestro.lowrank import (
 from maestro.trees import LayerSpec, LowRankError
 
 __version__ = "0.1.0"
-
 __all__ = [
   "Cost",
   "LayerCost",
@@ -37,6 +36,7 @@ __all__ = [
   "importance",
   "layers",
   "load",
+  "load_stablehlo",
   "mask",
   "merge",
   "nn",

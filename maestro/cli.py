@@ -11,7 +11,6 @@ from maestro.errors import Interrupted, UserError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
-
 _FULL = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT)
 
 

@@ -37,6 +37,9 @@ _EVALUATE = flags.DEFINE_bool(
   False,
   "Evaluate the newest checkpoint of --workdir, without training.",
 )
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "Prepared data for --evaluate, if not where it was."
+)
 
 
 def default_workdir(config: str) -> pathlib.Path:
@@ -60,7 +63,9 @@ def main(argv: list[str]) -> None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = default_workdir(name)
   if _EVALUATE.value:
-    print(json.dumps(train.evaluate_workdir(workdir), indent=1))
+    print(
+      json.dumps(train.evaluate_workdir(workdir, _DATA_DIR.value), indent=1)
+    )
     return
   train.train(_CONFIG.value.to_dict(), workdir)
 

@@ -14,8 +14,6 @@ from maestro import lowrank, trees
 from maestro.cost.budget import Ranks, Tables
 
 _CELLS = 4000  # of dp's discretised cost
-
-
 Loss = Callable[[Ranks], float]
 
 

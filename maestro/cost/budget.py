@@ -17,14 +17,8 @@ from maestro.schema import ConfigError
 from maestro.trees import LayerSpec, Tree
 
 COSTS = ("params", "macs", "bytes")
-
-
 LATENCY = "latency_ms"
-
-
 KINDS = (*COSTS, LATENCY)
-
-
 Ranks = dict[str, int]  # a profile: {layer path: rank}, one rank a layer
 
 
@@ -76,6 +70,13 @@ class Budget:
         f" {', '.join(KINDS)}"
       )
     return cls(kind, number)
+
+  def limit(self, dense: int) -> int:
+    """The most that a network may cost, of a dense one that costs `dense`.
+
+    floor(value * dense),  value as written: 0.29 of 100 is 29, not 28.999...
+    """
+    return math.floor(Fraction(repr(float(self.value))) * dense)
 
   def __str__(self) -> str:
     return f"{self.kind}:{self.value:g}"
@@ -140,8 +141,7 @@ class Tables:
       BudgetError: it is below the smallest reachable cost, or above that of
         the current ranks.
     """
-    # 0.29 * 100 is a little less than 29.
-    limit = math.floor(budget.value * self.dense * (1 + 1e-12))
+    limit = budget.limit(self.dense)
     low, high = self.total(self.smallest), self.total(self.whole)
     if limit < low:
       least = math.ceil(1e4 * low / self.dense) / 1e4
@@ -314,7 +314,8 @@ def fit_budget(
     ConfigError: even rank 1 in every layer costs more.
   """
   bound = parse_budget(budget)
-  kind, most = bound.kind, bound.value * getattr(dense, bound.kind)
+  kind = bound.kind
+  most = bound.limit(getattr(dense, kind))
   exact = np.vectorize(Fraction, otypes=[object])
   profile = {path: exact(x) for path, x in profile.items()}
   limits = {path: np.asarray(limits[path], np.int64) for path in profile}

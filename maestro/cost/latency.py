@@ -9,11 +9,7 @@ import jax
 import numpy as np
 
 _WARM_UP = 3  # passes that are not counted
-
-
 _SECONDS = 20.0  # of measuring, roughly at most
-
-
 _LEAST = 5  # passes that are measured, however long they take
 
 

@@ -17,7 +17,6 @@ from maestro.data import digits, image, synthetic
 from maestro.data.dataset import DataError, Dataset, Split
 
 __all__ = ["DATASETS", "DataError", "Dataset", "Split", "epoch_order", "make"]
-
 DATASETS = {
   "cifar10": image.cifar10,
   "digits": digits.load,

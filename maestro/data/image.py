@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import pathlib
 import re
@@ -204,10 +205,35 @@ def _open(directory, split) -> Any:
   # Imported here: it takes a second, which sets without files need not spend.
   import tensorflow_datasets as tfds
 
+  _check_features(directory / "features.json")
   builder: Any = tfds.builder_from_directory(directory)
   return builder.as_data_source(
     split, decoders={"image": tfds.decode.SkipDecoding()}
   )
+
+
+def _check_features(path) -> None:
+  """Raises unless all classes that a data set names are tfds' own features.
+
+  tensorflow-datasets imports whatever module features.json names.
+  """
+  keys = ("pythonClassName", "python_class_name", "type")  # all that it reads
+  names, nodes = [], [json.loads(path.read_text(encoding="utf-8"))]
+  while nodes:
+    node = nodes.pop()
+    if isinstance(node, dict):
+      names += [v for k, v in node.items() if k in keys]
+      nodes += node.values()
+    elif isinstance(node, list):
+      nodes += node
+  known = r"tensorflow_datasets\.core\.features\.[a-z_]+\.[A-Za-z]+"
+  for name in names:
+    if not isinstance(name, str) or not re.fullmatch(known, name):
+      raise DataError(
+        f"{path} names the class {name!r}, which is none of"
+        " tensorflow-datasets' features and is not imported; prepare the data"
+        " set anew, or point config.data.data_dir to another directory"
+      )
 
 
 def _read(source, indices) -> Split:

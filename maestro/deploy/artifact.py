@@ -18,16 +18,19 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax import traverse_util
 
 from maestro import introspect as nn
 from maestro import lowrank, trees
 from maestro.cost.budget import COSTS, Budget
+from maestro.cost.count import count_cost
 from maestro.deploy import files as safetensors_io
 from maestro.deploy import packing
 from maestro.errors import UserError
@@ -36,12 +39,12 @@ from maestro.runs import workdir as workdir_lib
 from maestro.trees import LayerSpec
 
 FORMAT = "maestro-export"
-
-
-FORMAT_VERSION = 1
-
-
+FORMAT_VERSION = 2
+_READABLE = (1, 2)  # version 1 had no digest of config.json itself
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+STABLEHLO, CARD = "model.stablehlo", "card.md"
+_FILES = (WEIGHTS, STABLEHLO, CARD)  # beside config.json
+_REMEDY = "restore it, or export again"
 
 
 class ArtifactError(UserError):
@@ -130,12 +133,22 @@ def read(
     if batch_stats:
       variables["batch_stats"] = batch_stats
     _check_fit(variables, expected, layers, path)
-    stored = trees.factored(params)
+    stored = trees.factored(params, layers)
     ranks = packing.rank_tree({path: chosen["ranks"][path] for path in stored})
     # Jitted: one compilation, where op by op there would be hundreds.
     extract = jax.jit(lambda p: lowrank.extract(p, ranks, layers))
     variables["params"] = extract(params)
     variables = jax.tree.map(jnp.asarray, variables)
+    counted = count_cost(layers, variables["params"])
+    forms = {layer.path: layer.form for layer in counted.layers}
+    found = {kind: getattr(counted, kind) for kind in COSTS} | {"forms": forms}
+    for key, value in found.items():
+      if chosen[key] != value:
+        raise ArtifactError(
+          f"{directory / CONFIG} is altered: {key} of profile"
+          f" {chosen['name']!r} is {chosen[key]} there and {value} by the"
+          f" weights; {_REMEDY}"
+        )
     size = config["files"][WEIGHTS]["size"]
   return Loaded(model, variables, chosen, config, reader.bytes_read, size)
 
@@ -143,35 +156,41 @@ def read(
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
   """Reads config.json; checks that all files are there, with their sizes."""
   path = directory / CONFIG
+  if not os.path.lexists(path):
+    raise ArtifactError(
+      f"cannot read {path}, which is not there; give a directory made by python"
+      " -m maestro.export"
+    )
+  _check_regular(path)
   try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise ArtifactError(
-      f"cannot read {path} ({error.strerror}); give a directory made by"
-      " python -m maestro.export"
-    ) from error
-  except ValueError as error:
-    raise ArtifactError(
-      f"{path} is not valid JSON ({error}); restore it, or export again"
-    ) from error
-  if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = workdir_lib.read_json(path, remedy=_REMEDY)
+  except workdir_lib.WorkdirError as error:
+    raise ArtifactError(str(error)) from error
+  if config.get("format") != FORMAT:
     raise ArtifactError(
       f"{directory} is no directory made by python -m maestro.export: its"
       f' {CONFIG} has no "format": "{FORMAT}"'
     )
   version = config.get("format_version")
-  if version != FORMAT_VERSION:
+  if version not in _READABLE:
     raise ArtifactError(
       f"{path}: format version {version!r} is unknown, this maestro reads"
       f" {FORMAT_VERSION}; use the version of maestro that made it"
       f" ({config.get('source', {}).get('maestro', 'not recorded')})"
     )
+  if version > 1 and config.get("sha256") != _config_sha256(config):
+    raise ArtifactError(
+      f"{path} is altered: its content is not what its sha256 is of; {_REMEDY}"
+    )
   with _fields(directory):
+    if WEIGHTS not in config["files"]:
+      raise ArtifactError(f"{path} lists no {WEIGHTS}; {_REMEDY}")
     for name, file in config["files"].items():
-      if not (directory / name).is_file():
+      if name not in _FILES:
         raise ArtifactError(
-          f"{directory / name} is missing; restore it, or export again"
+          f"{path} lists {name!r}, which is no file of an export; {_REMEDY}"
         )
+      _check_regular(directory / name)
       size = (directory / name).stat().st_size
       if size != file["size"]:
         raise ArtifactError(
@@ -179,6 +198,40 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
           " it was written; restore it, or export again"
         )
   return config
+
+
+def _check_regular(path: pathlib.Path) -> None:
+  """Raises unless a path is a file itself: no link, pipe or directory."""
+  if not os.path.lexists(path):
+    raise ArtifactError(f"{path} is missing; {_REMEDY}")
+  if not stat.S_ISREG(path.lstat().st_mode):
+    raise ArtifactError(f"{path} is no regular file; {_REMEDY}")
+
+
+def _config_sha256(config: Mapping[str, Any]) -> str:
+  """Returns the digest of config.json's content but for itself."""
+  content = {key: value for key, value in config.items() if key != "sha256"}
+  text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+  return sha256(text.encode())
+
+
+def load_stablehlo(directory: str | os.PathLike) -> Callable[[Any], jax.Array]:
+  """Loads the StableHLO of an exported directory: outputs = call(inputs).
+
+  Raises:
+    ArtifactError: it is missing or altered; nothing of it is run then.
+  """
+  directory = pathlib.Path(directory)
+  config = read_config(directory)
+  if STABLEHLO not in config["files"]:
+    raise ArtifactError(
+      f"{directory} was exported without {STABLEHLO}; export it again without"
+      " --nostablehlo"
+    )
+  data = (directory / STABLEHLO).read_bytes()
+  if sha256(data) != config["files"][STABLEHLO]["sha256"]:
+    raise ArtifactError(f"{directory / STABLEHLO} is altered; {_REMEDY}")
+  return jax.export.deserialize(bytearray(data)).call
 
 
 def verify(directory: str | os.PathLike) -> dict[str, Any]:
@@ -206,7 +259,15 @@ def _fields(directory: pathlib.Path) -> Iterator[None]:
   """Turns what a mangled config.json causes into one line."""
   try:
     yield
-  except (KeyError, TypeError, IndexError, AttributeError) as error:
+  except UserError:
+    raise
+  except (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+  ) as error:
     raise ArtifactError(
       f"{directory / CONFIG} is broken ({type(error).__name__}: {error});"
       " restore it, or export again"
@@ -236,7 +297,7 @@ def _choose(config, budget, profile, directory) -> dict[str, Any]:
       " not how fast they are here; measure them and give `profile`"
     )
   dense = config["dense"][kind]
-  fitting = [p for p in profiles if p[kind] <= wanted.value * dense]
+  fitting = [p for p in profiles if p[kind] <= wanted.limit(dense)]
   if not fitting:
     least = min(p[kind] for p in profiles) / dense
     raise ArtifactError(
@@ -308,7 +369,7 @@ def _check_fit(variables, expected, layers, path) -> None:
   found = traverse_util.flatten_dict(variables, sep="/")
   shapes = {name: x.shape for name, x in found.items()}
   wanted = dict(expected)
-  for layer, node in trees.factored(variables["params"]).items():
+  for layer, node in trees.factored(variables["params"], layers).items():
     spec, rank = layers[layer], node["u"].shape[-1]
     base = f"params/{layer}/" if layer else "params/"
     if spec.weight not in node:
@@ -353,7 +414,8 @@ def check_target(out: pathlib.Path) -> None:
     return
   try:
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    ours = {CONFIG, *config["files"]} if config["format"] == FORMAT else set()
+    listed = set(config["files"]) & set(_FILES)
+    ours = {CONFIG, *listed} if config["format"] == FORMAT else set()
   except (OSError, ValueError, KeyError, TypeError):
     ours = set()
   if foreign := sorted(names - ours):
@@ -399,4 +461,5 @@ def write_config(new: pathlib.Path, config: dict) -> None:
     for path in sorted(new.iterdir())
     if path.name != CONFIG
   }
+  config["sha256"] = _config_sha256(json.loads(json.dumps(config)))
   workdir_lib.write_json(new / CONFIG, workdir_lib.plain(config))

@@ -55,20 +55,12 @@ from maestro.training import build
 from maestro.training import losses as losses_lib
 
 RULES = ("uniform", "threshold", "energy", "greedy", "dp")
-
-
 _MEASURING = ("greedy", "dp")
 # What a search may cost if not told: MACs of the dense network's forward pass.
 # About ten minutes on two CPU cores for ResNet-18, whose forty are the least.
 _WORK = 4e13
-
-
 _EVALUATIONS = (40, 1000)  # but at least, and at most
-
-
 _CHUNK = 512  # examples of one forward pass
-
-
 _CHAIN = 25  # profiles among which a latency budget chooses
 
 

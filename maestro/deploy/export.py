@@ -36,16 +36,19 @@ from maestro.cost.latency import measure_latencies
 from maestro.deploy import artifact, card, packing, stablehlo, verify
 from maestro.deploy import choose as allocate
 from maestro.deploy import files as safetensors_io
-from maestro.deploy.artifact import FORMAT, FORMAT_VERSION, WEIGHTS
+from maestro.deploy.artifact import (
+  CARD,
+  FORMAT,
+  FORMAT_VERSION,
+  STABLEHLO,
+  WEIGHTS,
+)
 from maestro.deploy.packing import Profile
 from maestro.errors import UserError
 from maestro.models import MODELS
 from maestro.parallel.mesh import make_mesh
 from maestro.runs.provenance import git_commit
 from maestro.training import build
-
-STABLEHLO, CARD = "model.stablehlo", "card.md"
-
 
 _BATCHES = (1, 64)  # at which latency is measured
 

@@ -35,14 +35,8 @@ DTYPES = {
   "F32": np.dtype(np.float32),
   "F64": np.dtype(np.float64),
 }
-
-
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
 _METADATA = "__metadata__"
-
-
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
 
 
@@ -136,7 +130,9 @@ class Reader:
       self.shapes: dict[str, tuple[int, ...]] = {}
       self._dtypes: dict[str, np.dtype] = {}
       self._begins: dict[str, int] = {}
-      for name, entry in header.items():
+      tiled = 0
+      entries = sorted(header.items(), key=lambda e: e[1]["data_offsets"])
+      for name, entry in entries:
         begin, end = entry["data_offsets"]
         shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
         whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
@@ -144,11 +140,14 @@ class Reader:
           raise ValueError(f"the offsets of {name!r} do not fit its shape")
         if 8 + n + end > size:
           raise ValueError(f"{name!r} ends beyond the end of the file")
+        if begin != tiled:
+          raise ValueError(f"{name!r} overlaps another tensor, or leaves a gap")
+        tiled = end
         self.shapes[name], self._dtypes[name] = shape, dtype
         self._begins[name] = 8 + n + begin
     except KeyError as error:
       raise self._broken(f"unknown dtype or missing key {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
       raise self._broken(str(error)) from error
 
   def _broken(self, why: str) -> SafetensorsError:

@@ -96,6 +96,4 @@ def _selected(rules, layers: Layers, key: jax.Array) -> Iterator[tuple]:
 
 
 DECOMPOSERS = {"svd": svd, "data": data, "random": random, "adapter": adapter}
-
-
 SUPPLIED = ("params", "rules", "layers", "moments", "key")

@@ -75,14 +75,8 @@ class Method:
 
 
 SVD = {"name": "svd"}
-
-
 PHASE = {"name": "phase"}
-
-
 QUARTER = {"name": "fraction", "fraction": 0.25}
-
-
 METHODS: dict[str, Method] = {
   method.name: method
   for method in (

@@ -26,11 +26,7 @@ STYLE: dict[Any, Any] = {
   "ytick.color": "#555555",
   "ytick.labelsize": 8,
 }
-
-
 INK, GREY = "#222222", "#a8adb3"
-
-
 COLOURS = (
   "#0072b2",
   "#d55e00",
@@ -45,8 +41,6 @@ COLOURS = (
   "#3b7d23",
   "#1b3a8c",
 )
-
-
 STAGES = {
   "start": GREY,
   "end of discover": "#0072b2",

@@ -12,6 +12,7 @@ import statistics
 import numpy as np
 
 from maestro.errors import UserError
+from maestro.runs import workdir
 
 NOT_RUN = "not run"
 # What a run is of does not depend on these.
@@ -35,22 +36,18 @@ def load(run):
       f"{run}: has no results.json; a run writes it when it finishes, "
       "so start it again with this workdir to finish it"
     )
-  results = read_json(path)
-  if not isinstance(results, dict) or "final" not in results:
-    raise RunError(f"{path}: not a run's results: an object with 'final'")
-  return results
+  return read_json(path, keys={"final": dict})
 
 
-def read_json(path):
+def read_json(path, keys=None):
+  """Reads one of a run's JSON files."""
+  remedy = (
+    "delete it and start the run again with this workdir to write it anew"
+  )
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise RunError(f"{path}: {error.strerror}") from None
-  except ValueError as error:
-    raise RunError(
-      f"{path}: not valid JSON ({error}); delete it and start the run again "
-      "with this workdir to write it anew"
-    ) from None
+    return workdir.read_json(path, keys=keys, remedy=remedy)
+  except workdir.WorkdirError as error:
+    raise RunError(str(error)) from error
 
 
 # ------------------------------------------------------------------- tables

@@ -32,8 +32,6 @@ from orbax.checkpoint import v1 as ocp
 from maestro.errors import UserError
 
 _FORMAT = 1
-
-
 _RECORD = "maestro"  # our key in orbax's custom metadata
 
 
@@ -347,6 +345,10 @@ def _read_record(directory: pathlib.Path, step: int) -> dict:
     raise _broken(directory, step, what) from error
   if not good:
     raise _broken(directory, step, "has a damaged record (digest differs)")
+  found = record["leaves"].get("step")
+  if found and found["digest"] != _digest("step", np.asarray(step, np.int32)):
+    what = "holds another step than its name says; give it its name back, or"
+    raise _broken(directory, step, what.removesuffix(", or"))
   if version != _FORMAT:
     what = f"has format {version}, this version reads {_FORMAT}"
     raise _broken(directory, step, what)

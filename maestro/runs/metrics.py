@@ -12,10 +12,14 @@ import time
 
 import tensorboardX
 
+from maestro.errors import UserError
+
 FILE = "metrics.jsonl"
-
-
 _QUIET_SECONDS = 10.0  # between progress lines where there is no terminal
+
+
+class MetricsError(UserError):
+  """metrics.jsonl is damaged; names the line."""
 
 
 class Writer:
@@ -147,7 +151,7 @@ def read(workdir):
 
   Raises:
     FileNotFoundError: the workdir has no `metrics.jsonl`.
-    ValueError: any other line is not a record; names the line.
+    MetricsError: any other line is not a record; names the line.
   """
   path = pathlib.Path(workdir) / FILE
   if not path.exists():
@@ -161,7 +165,7 @@ def read(workdir):
     try:
       records.append(_parse(line))
     except ValueError as error:
-      raise ValueError(
+      raise MetricsError(
         f"{path}, line {number}: not a record ({error}); delete that line"
       ) from None
   with contextlib.suppress(ValueError):
@@ -170,7 +174,10 @@ def read(workdir):
 
 
 def _parse(line):
-  record = json.loads(line)
+  try:
+    record = json.loads(line)
+  except RecursionError as error:
+    raise ValueError("nested too deeply") from error
   if not isinstance(record, dict) or not isinstance(record.get("step"), int):
     raise ValueError("an object with an integer 'step' is expected")
   return record

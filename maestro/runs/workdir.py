@@ -1,9 +1,13 @@
 """The directory of a run: whose it is, and its JSON files, whole or absent."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import socket
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from maestro.errors import UserError
@@ -15,6 +19,10 @@ class WorkdirError(UserError):
 
 # Keys in which two configs of one run may differ: where things are.
 PLACES: Sequence[str] = ("data.data_dir",)
+
+# What results.json must hold to be the end of a run.
+RESULTS = {"config": dict, "dense": dict, "final": dict, "layers": list}
+_MOST_BYTES = 1 << 28  # of a JSON file that is read
 
 
 def plain(value: Any) -> Any:
@@ -65,7 +73,13 @@ def finished_results(workdir: pathlib.Path, config) -> dict | None:
       f" ({'; '.join(changed[:5])}{'; ...' if changed[5:] else ''});"
       " choose another --workdir, or delete this one"
     )
-  return read_json(results) if results.exists() else None
+  if not results.exists():
+    return None
+  return read_json(
+    results,
+    keys=RESULTS,
+    remedy="delete it and run the same command again, which writes it anew",
+  )
 
 
 def _has_checkpoint(workdir: pathlib.Path) -> bool:
@@ -93,23 +107,82 @@ def claim(workdir: pathlib.Path, config, facts: Mapping[str, Any]) -> None:
     ) from error
 
 
-def read_json(path: pathlib.Path) -> dict:
-  """Reads a JSON file.
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Makes a workdir and keeps all other writers out of it.
+
+  By a lock of the kernel on the file `lock`, which ends with the process,
+  however that dies. Readers need none. On a network file system it holds
+  between machines only if that passes flock on (NFS since version 4 does).
 
   Raises:
-    WorkdirError: it is missing or no JSON.
+    WorkdirError: another process has it, or it cannot be written.
   """
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    workdir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as error:
+    raise WorkdirError(
+      f"cannot write to workdir {workdir}: {error}; choose another --workdir"
+    ) from error
+  with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise WorkdirError(
+        f"{workdir} is in use by {file.read(200).strip() or 'another process'};"
+        " wait for it, stop it, or choose another --workdir"
+      ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
+
+
+def read_json(
+  path: pathlib.Path,
+  *,
+  keys: Mapping[str, type] | None = None,
+  remedy: str = "restore it, or start in another --workdir",
+) -> dict:
+  """Reads a JSON object from a regular file.
+
+  Args:
+    path: of the file.
+    keys: what it must hold, and of which type.
+    remedy: what to do if it is damaged.
+
+  Raises:
+    WorkdirError: it is missing, no such object, or names a key twice.
+  """
+
+  def once(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
+      raise ValueError("a key is there twice")
+    return value
+
+  try:
+    # Not to be blocked by a pipe of that name.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+      facts = os.fstat(file.fileno())
+      if not stat.S_ISREG(facts.st_mode) or facts.st_size > _MOST_BYTES:
+        raise ValueError("no regular file of a sensible size")
+      value = json.loads(file.read(), object_pairs_hook=once)
+    if not isinstance(value, dict):
+      raise ValueError("no object")
+    for key, kind in (keys or {}).items():
+      if not isinstance(value.get(key), kind):
+        raise ValueError(f"no {key!r} of the kind that it should hold")
   except OSError as error:
     raise WorkdirError(
       f"cannot read {path} ({error}); name the directory of a run"
     ) from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise WorkdirError(
-      f"{path} is not valid JSON ({error}); restore it, or start in another"
-      " --workdir"
+      f"{path} is damaged, not the JSON that was written ({error}); {remedy}"
     ) from error
+  return value
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

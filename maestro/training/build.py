@@ -176,13 +176,28 @@ class Run:
 CHECKPOINTS = ("final", "discover")
 
 
-def open_run(workdir: str | os.PathLike, which: str = "final") -> Run:
+def _read_facts(path: pathlib.Path) -> Facts | None:
+  if not path.exists():
+    return None
+  try:
+    values = workdir_lib.read_json(path, keys={"input_shape": list})
+    values["input_shape"] = tuple(values["input_shape"])
+    return Facts(**bind(Facts, values, str(path)))
+  except UserError as error:
+    print(f"{error}; read anew from the data set")
+    return None
+
+
+def open_run(
+  workdir: str | os.PathLike, which: str = "final", data_dir: str | None = None
+) -> Run:
   """Opens a run's newest checkpoint, or the one at the end of discover.
 
   Args:
     workdir: directory of a run, finished or not.
     which: "final", the newest checkpoint, or "discover", the last one before
       settling, which has the ordering that any-size deployment needs.
+    data_dir: where prepared data is, if not where the run found it.
 
   Raises:
     UserError: there is no run or no such checkpoint, or it is broken.
@@ -198,11 +213,10 @@ def open_run(workdir: str | os.PathLike, which: str = "final") -> Run:
       " of a run"
     )
   c = parse(workdir_lib.read_json(workdir / "config.json"))
-  if (workdir / "facts.json").exists():
-    values = workdir_lib.read_json(workdir / "facts.json")
-    values["input_shape"] = tuple(values["input_shape"])
-    facts = Facts(**values)
-  else:  # a run of a version that did not write them
+  if data_dir is not None:
+    c = dataclasses.replace(c, data={**c.data, "data_dir": data_dir})
+  facts = _read_facts(workdir / "facts.json")
+  if facts is None:  # damaged, or a run of a version that did not write them
     facts = Facts.of(data_lib.make(**c.data))
   directory = workdir / "checkpoints"
   steps = checkpoint.list_steps(directory)

@@ -112,8 +112,6 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   optimizer = functools.cache(
     lambda epochs: _optimizer(c, epochs, steps_per_epoch, layers)
   )
-  workdir_lib.claim(workdir, config, dataclasses.asdict(facts))
-
   # --- Programs ---------------------------------------------------------------
   evaluate = build.make_evaluator(c, model, dataset, mesh)
   recalibrate = build.make_recalibrator(c, model, dataset, mesh)
@@ -140,12 +138,15 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   macs_per_example = 3 * (1 if c.full_pass is None else 2)
 
   with (
+    workdir_lib.locked(workdir),
     checkpoint.Checkpoints(
       workdir / "checkpoints",
       keep=c.checkpoint.keep,
     ) as checkpoints,
     _sigterm() as stop_asked,
   ):
+    workdir_lib.claim(workdir, config, dataclasses.asdict(facts))
+
     # --- State: the newest checkpoint, or a new one ---------------------------
     schedule, tx = optimizer(c.discover.epochs)
     new_state = functools.partial(state_lib.new_state, c, tx)
@@ -366,7 +367,9 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     return results
 
 
-def evaluate_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
+def evaluate_workdir(
+  workdir: str | os.PathLike, data_dir: str | None = None
+) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a run, cut to its ranks; no training.
 
   Returns:
@@ -375,7 +378,7 @@ def evaluate_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     UserError: there is no run, or its checkpoint is broken.
   """
-  run = build.open_run(workdir)
+  run = build.open_run(workdir, data_dir=data_dir)
   c, dataset = run.config, data_lib.make(**run.config.data)
   mesh = make_mesh(c.num_devices)
   variables = {"params": lowrank.extract(run.params, run.ranks, run.layers)}

@@ -42,6 +42,4 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 LOSSES = {"cross_entropy": cross_entropy, "squared_error": squared_error}
-
-
 METRICS = {"cross_entropy": {"accuracy": accuracy}, "squared_error": {}}

@@ -102,8 +102,6 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "lion": optax.lion,
   "sgd": optax.sgd,
 }
-
-
 _DECOUPLED = ("adamw", "lion")
 
 

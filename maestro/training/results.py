@@ -162,9 +162,12 @@ def write_spectra(workdir: pathlib.Path, name: str, state: TrainState) -> None:
   if not state.ranks:
     return
   path = workdir / "importance.json"
-  spectra = (
-    workdir_lib.read_json(path) if path.exists() and name != "start" else {}
-  )
+  spectra = {}
+  if path.exists() and name != "start":
+    try:
+      spectra = workdir_lib.read_json(path)
+    except UserError as error:
+      print(f"{error}; begun anew without the earlier spectra")
   scores = jax.device_get(lowrank.importance(state.params, state.ranks))
   # Stacked and grouped layers show their mean spectrum.
   spectra[name] = {

@@ -410,3 +410,22 @@ def test_linear_noise_has_its_scale():
 def test_linear_options_are_checked(options, key):
   with pytest.raises(data.DataError, match=rf"config\.data\.{key}="):
     data.make("linear", **options)
+
+
+@pytest.mark.parametrize(
+  "key", ["pythonClassName", "python_class_name", "type"]
+)
+def test_a_data_set_chooses_nothing_to_import(key, tmp_path, monkeypatch):
+  directory = tmp_path / "mnist" / "3.0.1"
+  directory.mkdir(parents=True)
+  (tmp_path / "payload.py").write_text("raise SystemExit('imported')")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  features = {
+    "pythonClassName": "tensorflow_datasets.core.features.features_dict."
+    "FeaturesDict",
+    "featuresDict": {"features": {"image": {key: "payload.Image"}}},
+  }
+  (directory / "features.json").write_text(json.dumps(features))
+  (directory / "dataset_info.json").write_text("{}")
+  with pytest.raises(data.DataError, match=r"payload\.Image.*not imported"):
+    image.mnist(data_dir=str(tmp_path))

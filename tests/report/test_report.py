@@ -464,8 +464,8 @@ def test_main_names_what_is_wrong(tmp_path, capsys):
   for name, words in {
     "absent": "not found; give",
     "empty": "no results.json; .*start it again",
-    "broken": r"broken.results.json: not valid JSON .*start the run again",
-    "other.json": "not a run's results",
+    "broken": r"broken.results.json is damaged.*start the run again",
+    "other.json": "is damaged.*no object",
   }.items():
     assert report_main.main([str(tmp_path / name)]) == 2
     captured = capsys.readouterr()
