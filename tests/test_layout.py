@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -75,6 +76,61 @@ def _refused(path, names):
   for module in ("pickle", "cloudpickle", "dill", "joblib", "shelve"):
     forbid(_uses(names, module), "loading would run code")
   return bad
+
+
+# The rooms of maestro/, from the ground up; commands stand above all of them.
+ROOMS = (
+  *("errors", "trees", "lowrank", "sampling", "schema", "ops", "nn"),
+  *("introspect", "models", "data", "cost", "methods", "parallel", "runs"),
+  *("report", "training", "deploy"),
+)
+COMMANDS = ("main", "search", "allocate", "export")
+LIBRARY = [path for path in FILES if _in(path, "maestro")]
+
+
+def _room(module):
+  return module.split(".")[1] if "." in module else ""
+
+
+def test_every_file_is_in_a_room():
+  found = {path.parts[1].removesuffix(".py") for path in LIBRARY}
+  assert found == {*ROOMS, *COMMANDS, "cli", "__init__"}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=str)
+def test_imports_only_go_down(path):
+  room = path.parts[1].removesuffix(".py")
+  if room not in ROOMS:
+    return
+  above = {*ROOMS[ROOMS.index(room) + 1 :], *COMMANDS, "cli"}
+  used = {n for n in _names(path) if n.startswith("maestro.")}
+  assert not {n for n in used if _room(n) in above}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=str)
+def test_what_is_private_stays_private(path):
+  imported = set()
+  for node in ast.walk(_tree(path)):
+    if isinstance(node, ast.ImportFrom):
+      names = {alias.asname or alias.name for alias in node.names}
+      assert not {n for n in names if n.startswith("_")}
+      if (node.module or "").startswith("maestro"):
+        imported |= names
+  for node in ast.walk(_tree(path)):
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+      private = node.attr.startswith("_") and not node.attr.startswith("__")
+      assert not (private and node.value.id in imported), node.attr
+
+
+def test_every_room_names_the_file_to_open_first():
+  for path in LIBRARY:
+    if path.name == "__init__.py" and path.parts[1] in (
+      *("cost", "methods", "parallel", "runs"),
+      *("report", "training", "deploy"),
+    ):
+      purpose = ast.get_docstring(_tree(path))
+      first = re.search(r"Open `(\w+\.py)` first", purpose)
+      assert (ROOT / path.parent / first[1]).is_file()
 
 
 def test_the_files_are_found():

@@ -178,7 +178,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       f" {FORMAT_VERSION}; use the version of maestro that made it"
       f" ({config.get('source', {}).get('maestro', 'not recorded')})"
     )
-  if version > 1 and config.get("sha256") != _config_sha256(config):
+  if version > 1 and config.get("sha256") != config_sha256(config):
     raise ArtifactError(
       f"{path} is altered: its content is not what its sha256 is of; {_REMEDY}"
     )
@@ -208,7 +208,7 @@ def _check_regular(path: pathlib.Path) -> None:
     raise ArtifactError(f"{path} is no regular file; {_REMEDY}")
 
 
-def _config_sha256(config: Mapping[str, Any]) -> str:
+def config_sha256(config: Mapping[str, Any]) -> str:
   """Returns the digest of config.json's content but for itself."""
   content = {key: value for key, value in config.items() if key != "sha256"}
   text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -461,5 +461,5 @@ def write_config(new: pathlib.Path, config: dict) -> None:
     for path in sorted(new.iterdir())
     if path.name != CONFIG
   }
-  config["sha256"] = _config_sha256(json.loads(json.dumps(config)))
+  config["sha256"] = config_sha256(json.loads(json.dumps(config)))
   workdir_lib.write_json(new / CONFIG, workdir_lib.plain(config))

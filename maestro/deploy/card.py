@@ -156,8 +156,11 @@ def make_card(config: Mapping[str, Any], name: str) -> str:
       f" the network {hlo['profile']!r}, any batch size):",
       "",
       "```python",
+      "import hashlib",
       "from jax import export",
       f'data = open("{name}/model.stablehlo", "rb").read()',
+      f'digest = "{config["files"]["model.stablehlo"]["sha256"]}"',
+      "assert hashlib.sha256(data).hexdigest() == digest",
       "outputs = export.deserialize(bytearray(data)).call(x)",
       "```",
     ]

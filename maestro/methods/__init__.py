@@ -1,4 +1,4 @@
-"""Methods as choices of pieces. Open `table.py` first, then `bind.py`."""
+"""Methods as choices of pieces. Open `table.py` first."""
 
 from maestro.methods.table import METHODS, Method
 

@@ -27,13 +27,13 @@ from maestro import introspect as nn
 from maestro import lowrank, trees
 from maestro.cost import count as cost
 from maestro.errors import Interrupted
-from maestro.methods import bind as pieces
 from maestro.parallel.mesh import make_mesh, replicate
 from maestro.report import figures
 from maestro.report import tables as report
 from maestro.runs import checkpoint, metrics
 from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError
+from maestro.training import bind as pieces
 from maestro.training import build, optim
 from maestro.training import state as state_lib
 from maestro.training.config import Config, Phase, parse, parse_rules

@@ -12,9 +12,9 @@ import numpy as np
 from maestro import lowrank, trees
 from maestro.cost import count as cost
 from maestro.errors import UserError
-from maestro.methods import bind as pieces
 from maestro.runs import workdir as workdir_lib
 from maestro.runs.provenance import git_commit
+from maestro.training import bind as pieces
 from maestro.training.config import Config
 from maestro.training.state import TrainState
 

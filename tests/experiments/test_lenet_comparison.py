@@ -3,8 +3,8 @@
 import pytest
 
 from experiments import lenet_comparison
-from maestro.methods import bind as pieces
 from maestro.methods.table import METHODS
+from maestro.training import bind as pieces
 from maestro.training.config import parse
 
 

@@ -26,13 +26,13 @@ from maestro.cost import count as cost
 from maestro.data import image
 from maestro.errors import Interrupted, UserError
 from maestro.lowrank import Rule
-from maestro.methods import bind as pieces
 from maestro.methods import decomposers, penalties, rank_rules
 from maestro.methods.table import METHODS
 from maestro.models import MODELS
 from maestro.report import figures
 from maestro.runs import checkpoint, metrics
 from maestro.schema import ConfigError
+from maestro.training import bind as pieces
 from maestro.training import build, optim
 from maestro.training import loop as train
 from maestro.training.config import parse, parse_rules
