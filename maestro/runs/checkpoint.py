@@ -140,7 +140,7 @@ class Checkpoints:
     if len(leaves) < len(paths):
       raise CheckpointError("two leaves have one path; is '/' in a key?")
     try:
-      record = _record(leaves, extra)
+      record = _record(leaves, extra, step)
     except TypeError as error:
       raise CheckpointError(
         f"cannot save step {step}: `extra` is not JSON: {error}"
@@ -307,12 +307,13 @@ def _digest(path: str, x: np.ndarray) -> str:
 
 def _record_digest(record: dict) -> str:
   """Digest the record itself: a flipped digit in it is still valid JSON."""
-  content = [record["format"], record["leaves"], record["extra"]]
+  names = ("format", "leaves", "extra", "step")
+  content = [record[name] for name in names if name in record]
   text = json.dumps(content, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _record(leaves: dict[str, np.ndarray], extra: dict) -> dict:
+def _record(leaves: dict[str, np.ndarray], extra: dict, step: int) -> dict:
   described = {
     path: {
       "dtype": str(x.dtype),
@@ -324,6 +325,7 @@ def _record(leaves: dict[str, np.ndarray], extra: dict) -> dict:
   # Through JSON, so that the digest is of what a reader will see.
   extra = json.loads(json.dumps(extra))
   record = {"format": _FORMAT, "leaves": described, "extra": extra}
+  record |= {"step": step}
   return record | {"digest": _record_digest(record)}
 
 
@@ -345,10 +347,9 @@ def _read_record(directory: pathlib.Path, step: int) -> dict:
     raise _broken(directory, step, what) from error
   if not good:
     raise _broken(directory, step, "has a damaged record (digest differs)")
-  found = record["leaves"].get("step")
-  if found and found["digest"] != _digest("step", np.asarray(step, np.int32)):
-    what = "holds another step than its name says; give it its name back, or"
-    raise _broken(directory, step, what.removesuffix(", or"))
+  if record.get("step", step) != step:  # of an earlier version: not recorded
+    what = f"holds step {record['step']}: give it its name back"
+    raise _broken(directory, step, what)
   if version != _FORMAT:
     what = f"has format {version}, this version reads {_FORMAT}"
     raise _broken(directory, step, what)
