@@ -516,7 +516,7 @@ def test_a_broken_json_file_is_named(name, tmp_path, reference):
   workdir = tmp_path / "run"
   shutil.copytree(reference, workdir)
   (workdir / name).write_text("{")
-  with pytest.raises(UserError, match=f"{name} is not valid JSON"):
+  with pytest.raises(UserError, match=f"{name} is damaged"):
     train.train(config(), workdir)
 
 
