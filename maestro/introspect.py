@@ -44,9 +44,6 @@ def batch_statistics() -> Iterator[None]:
     yield
 
 
-# ---------------------------------------------------------------------------
-# Reading a model
-# ---------------------------------------------------------------------------
 def _spec(module: nn.Module, x: jax.Array, y: jax.Array) -> LayerSpec | None:
   """Describes a layer from its attributes and its input and output shapes."""
   if isinstance(module, nn.Conv):

@@ -265,6 +265,8 @@ def merge(
 # ---------------------------------------------------------------------------
 # Ranks
 # ---------------------------------------------------------------------------
+
+
 def mask(params: Tree, ranks: Tree) -> dict:
   """Zeroes every component at or beyond its layer's rank; shapes stay.
 

@@ -86,6 +86,8 @@ Layers = Mapping[str, LayerSpec]  # {path: LayerSpec} of a model
 # ---------------------------------------------------------------------------
 # Trees
 # ---------------------------------------------------------------------------
+
+
 def is_factored(node: Any) -> bool:
   """True if a node holds arrays u and v that fit as factors.
 
@@ -263,6 +265,8 @@ def mask_factor(x: jax.Array, name: str, rank: Any) -> jax.Array:
 # ---------------------------------------------------------------------------
 # Dense <-> factored
 # ---------------------------------------------------------------------------
+
+
 def to_matrix(kernel: jax.Array, spec: LayerSpec) -> jax.Array:
   """Reshapes a stored kernel to matrices [*lead, in, out]."""
   if spec.kind == "conv" and spec.groups:  # output channels are group-major

@@ -20,6 +20,8 @@ Loss = Callable[[Ranks], float]
 # ---------------------------------------------------------------------------
 # One number for all layers
 # ---------------------------------------------------------------------------
+
+
 def uniform_levels(tables: Tables) -> dict[str, np.ndarray]:
   """Levels of `uniform`: the same fraction of each layer's rank.
 
@@ -112,6 +114,8 @@ def by_level(
 # ---------------------------------------------------------------------------
 # Losses
 # ---------------------------------------------------------------------------
+
+
 def grid_ranks(candidates: np.ndarray, costs: np.ndarray, size: int) -> list:
   """Chooses at most `size` ranks to measure, geometric in what they cost.
 

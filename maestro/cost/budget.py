@@ -1,4 +1,4 @@
-"""Budgets, what each rank of each layer costs, and profiles of ranks."""
+"""Budgets, what each rank of each layer costs, and ranks that fit."""
 
 import dataclasses
 import functools
@@ -29,6 +29,8 @@ class BudgetError(UserError):
 # ---------------------------------------------------------------------------
 # Budgets
 # ---------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Budget:
   """An upper bound on what a network may cost; written `kind:value`.
@@ -85,6 +87,8 @@ class Budget:
 # ---------------------------------------------------------------------------
 # Costs
 # ---------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tables:
   """What the extracted network costs, layer by layer and rank by rank.
@@ -252,8 +256,10 @@ def rank_tree(now: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> dict:
 
 
 # ---------------------------------------------------------------------------
-# Budgets
+# Ranks in proportion to a profile
 # ---------------------------------------------------------------------------
+
+
 BUDGETS = ("macs", "params")
 
 

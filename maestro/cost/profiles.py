@@ -20,6 +20,8 @@ class ProfileError(UserError):
 # ---------------------------------------------------------------------------
 # Profiles
 # ---------------------------------------------------------------------------
+
+
 def read_profile(path: str | pathlib.Path) -> dict:
   """Reads a profile file, {"ranks": {layer path: rank}}.
 

@@ -399,6 +399,8 @@ def file_sha256(path: pathlib.Path) -> str:
 # ---------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------
+
+
 def check_target(out: pathlib.Path) -> None:
   """Raises unless a directory is free, or holds an earlier export and no more.
 

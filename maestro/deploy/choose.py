@@ -1,25 +1,4 @@
-"""Chooses the rank of each layer of a trained run for budgets.
-
-  python -m maestro.allocate --workdir=runs/lenet_od --budgets=macs:0.8,macs:0.5
-  python -m maestro.allocate --workdir=runs/lenet_od --checkpoint=discover \
-      --rule=dp --budgets=params:0.3,latency_ms:0.2
-
-Budgets are written kind:value: params, macs and bytes are fractions of the
-dense network's, latency_ms is the time of a forward pass on this device. None
-is ever exceeded. Rules:
-
-  uniform    the same fraction of each layer's rank
-  threshold  components above one importance, the same for all layers
-  energy     the same fraction of each layer's energy (singular values squared)
-  greedy     removes the slice of ranks that hurts the loss least for what it
-             saves, until the budget is met (the paper's)
-  dp         dynamic programming over the losses of cutting single layers
-
-greedy and dp measure losses on one batch of training examples. The networks
-are judged on the validation split, with batch-norm statistics of their own.
-Writes pareto.json and pareto.png to --out; each of the file's rows is a profile
-({"ranks": ...}) as well.
-"""
+"""Ranks of a trained run for budgets: losses to measure, rules to apply."""
 
 import dataclasses
 import pathlib
@@ -95,6 +74,8 @@ class Options:
 # ---------------------------------------------------------------------------
 # Losses
 # ---------------------------------------------------------------------------
+
+
 def make_losses(
   run: build.Run,
   dataset: data_lib.Dataset,
@@ -165,6 +146,8 @@ def make_losses(
 # ---------------------------------------------------------------------------
 # Ranks
 # ---------------------------------------------------------------------------
+
+
 def _profiles(
   run: build.Run,
   tables: Tables,
@@ -454,6 +437,8 @@ def allocate(
 # ---------------------------------------------------------------------------
 # Reports
 # ---------------------------------------------------------------------------
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Lays rows of `allocate` out as text."""
   scores = [s for s in ("accuracy", "loss") if s in rows[0]]

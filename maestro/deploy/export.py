@@ -1,21 +1,4 @@
-"""Cuts a smaller network out of a trained run, checks it, writes it.
-
-  python -m maestro.export --workdir=runs/lenet_od --out=lenet_small
-  python -m maestro.export --workdir=runs/lenet_od --checkpoint=discover \
-      --budget=macs:0.5 --out=lenet_half
-  python -m maestro.export --workdir=runs/lenet_od --checkpoint=discover \
-      --profiles=0.8,0.6,0.4,0.25 --out=lenet_any
-
-Truncates the factors, merges the layers whose dense kernel is cheaper, compares
-with the masked network (an error above --tolerance), computes batch-norm
-statistics anew, evaluates, measures the latency, and writes a directory that
-stands alone: model.safetensors, config.json, card.md and model.stablehlo. Load
-it by maestro.load(directory), or the StableHLO by jax.export, without maestro.
-
-Without --budget, --ranks or --profiles, the checkpoint's own ranks are kept.
---profiles are fractions of the dense network's MACs; one file then holds all of
-them, and loading one reads only its part. docs/export.md says more.
-"""
+"""Cuts networks out of a trained run, checks them, writes their directory."""
 
 import dataclasses
 import os
@@ -181,6 +164,8 @@ def export(
 # ---------------------------------------------------------------------------
 # Networks
 # ---------------------------------------------------------------------------
+
+
 def _cut(
   run: build.Run, size: Size, outputs: Callable, tolerance: float
 ) -> tuple[dict, dict]:
@@ -264,6 +249,8 @@ def _add_latency(run, networks, sizes, config, repeats) -> None:
 # ---------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------
+
+
 def _describe(run: build.Run, records, checkpoint: str, fresh: bool) -> dict:
   """Begins config.json."""
   facts, section = run.facts, dict(run.config.model)
@@ -330,6 +317,8 @@ def _check_reloaded(run, new, network, record, outputs, tolerance) -> None:
 # ---------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------
+
+
 def choose_sizes(
   run: build.Run,
   *,

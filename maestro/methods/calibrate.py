@@ -37,6 +37,8 @@ class CalibrationError(UserError):
 # ---------------------------------------------------------------------------
 # Statistics
 # ---------------------------------------------------------------------------
+
+
 def _sum(x: jax.Array, spec: LayerSpec) -> jax.Array:
   """Sums x^T x over rows [*lead, N, in]; counts of indices for an embedding."""
   if spec.kind == "embed":
@@ -127,6 +129,8 @@ def _check_finite(path: str, **values: Any) -> None:
 # ---------------------------------------------------------------------------
 # Decomposition
 # ---------------------------------------------------------------------------
+
+
 def _matrices(
   params: Tree,
   layers: Mapping[str, LayerSpec],

@@ -11,10 +11,11 @@ from maestro import lowrank, trees
 from maestro.methods import calibrate
 from maestro.trees import Layers, Tree
 
-
 # ---------------------------------------------------------------------------
 # Decomposers: (params, rules, layers, moments=, key=, options) -> params
 # ---------------------------------------------------------------------------
+
+
 def svd(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
   """Takes the best approximation of each kernel: `lowrank.decompose`.
 

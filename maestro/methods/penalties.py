@@ -9,10 +9,11 @@ from maestro import lowrank, trees
 from maestro.methods import prox
 from maestro.trees import Tree
 
-
 # ---------------------------------------------------------------------------
 # Penalties: (params, ranks, kind) -> scalar; kind is config.lasso
 # ---------------------------------------------------------------------------
+
+
 def frobenius(params: Tree, ranks: Tree, kind: str = "") -> jax.Array:
   """Sums 1/2 ||u @ v||_F^2 over all factored layers: decay of the products.
 
@@ -45,6 +46,8 @@ PENALTIES = {"group_lasso": lowrank.group_lasso, "frobenius": frobenius}
 # ---------------------------------------------------------------------------
 # Shrinking: (params, ranks, threshold) -> ranks; threshold is config.threshold
 # ---------------------------------------------------------------------------
+
+
 def zeros(params: Tree, ranks: Tree, threshold: float) -> dict:
   """Counts components up to the last that is not exactly zero."""
   del threshold

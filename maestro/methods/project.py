@@ -11,9 +11,6 @@ from maestro.methods.rank_rules import Spectra
 from maestro.trees import Layers, Tree
 
 
-# ---------------------------------------------------------------------------
-# Spectra and truncation of dense kernels
-# ---------------------------------------------------------------------------
 @jax.jit
 def svds(kernels: Mapping[str, jax.Array]) -> dict:
   return {path: lowrank.svd(k, path) for path, k in kernels.items()}

@@ -17,6 +17,8 @@ Spectra = Mapping[str, np.ndarray]  # {path: singular values [*lead, R]}
 # started from, at random; limits are the largest ranks. What a rule returns is
 # rounded up, or, with a budget, scaled to it and then rounded.
 # ---------------------------------------------------------------------------
+
+
 def full(now, limits: Mapping[str, int], initial) -> dict[str, int]:
   """Keeps the ranks that config.rules give, by default the full ones."""
   del now, initial
@@ -113,6 +115,8 @@ RANK_RULES = {
 # ---------------------------------------------------------------------------
 # Switches: (before, now, options) -> bool, of an epoch's stable ranks
 # ---------------------------------------------------------------------------
+
+
 def settled(
   before: Mapping[str, float],
   now: Mapping[str, float],

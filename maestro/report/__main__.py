@@ -9,7 +9,6 @@ from maestro.report.figures import figures
 from maestro.report.tables import compare, compare_markdown, layer_table, load
 
 
-# ------------------------------------------------------------- command line
 def main(argv=None):
   """Print the tables of the runs named on the command line."""
   parser = argparse.ArgumentParser(

@@ -22,7 +22,6 @@ from maestro.runs import metrics
 MANY_LAYERS = 12  # beyond this, one line and label for each is not legible
 
 
-# ------------------------------------------------------------------ figures
 def figures(workdir, *, out=None):
   """Draw a run's figures; return the paths of those its records suffice for.
 

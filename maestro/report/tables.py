@@ -50,7 +50,6 @@ def read_json(path, keys=None):
     raise RunError(str(error)) from error
 
 
-# ------------------------------------------------------------------- tables
 def layer_table(results):
   """Tabulate one run's layers: rank, form, cost and share of the dense cost.
 

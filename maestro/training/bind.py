@@ -39,9 +39,6 @@ from maestro.training.config import Config, parse_rules
 from maestro.trees import Layers, Tree
 
 
-# ---------------------------------------------------------------------------
-# From a config to what the loop calls
-# ---------------------------------------------------------------------------
 def _known(value: Any, table: Iterable[str], where: str) -> None:
   names = list(table)
   if value is not None and value not in names:

@@ -402,6 +402,8 @@ def evaluate_workdir(
 # ---------------------------------------------------------------------------
 # Set-up
 # ---------------------------------------------------------------------------
+
+
 def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
   if c.batch_size > n:
     raise ConfigError(

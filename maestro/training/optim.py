@@ -20,6 +20,8 @@ class OptimizerError(UserError):
 # ---------------------------------------------------------------------------
 # Schedules: (steps per epoch, epochs of the phase, options) -> optax schedule
 # ---------------------------------------------------------------------------
+
+
 def constant(
   steps_per_epoch: int, epochs: int, *, learning_rate: float
 ) -> optax.Schedule:
@@ -96,6 +98,8 @@ def make_schedule(
 # ---------------------------------------------------------------------------
 # Optimizers
 # ---------------------------------------------------------------------------
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adam": optax.adam,
   "adamw": optax.adamw,

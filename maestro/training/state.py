@@ -69,6 +69,8 @@ def restore(checkpoints, new_state) -> tuple[TrainState, dict]:
 # ---------------------------------------------------------------------------
 # Shrinking and cutting
 # ---------------------------------------------------------------------------
+
+
 @functools.partial(jax.jit, static_argnames="rule", donate_argnums=0)
 def shrink_state(state: TrainState, rule: Callable) -> TrainState:
   """Lowers ranks to rule(params, ranks)."""
@@ -115,6 +117,8 @@ def form_of(params: Any) -> str:
 # ---------------------------------------------------------------------------
 # What is told
 # ---------------------------------------------------------------------------
+
+
 def variables_of(state: TrainState) -> dict[str, Any]:
   variables = {"params": state.params}
   if state.batch_stats:
