@@ -163,9 +163,9 @@ def _check(config: Mapping, criterion: Mapping[str, Any]) -> dict[str, Any]:
     if not good(criterion[flag]):
       raise SearchError(f"--{flag}={criterion[flag]}: it must be {values}")
   c = parse(config)
-  if c.pieces.penalty is None or c.pieces.lam is not None:
+  if c.method.penalty is None or c.method.lam is not None:
     raise SearchError(
-      f"--config.method={c.pieces.name} has no lambda to search; use maestro or"
+      f"--config.method={c.method.name} has no lambda to search; use maestro or"
       " prox: the search trains the dense network by itself"
     )
   if not c.discover.epochs:

@@ -18,7 +18,7 @@ from maestro.errors import Interrupted
 from maestro.models import MODELS
 from maestro.training import build, optim
 from maestro.training import loop as train
-from maestro.training.config import parse, parse_rules
+from maestro.training.config import parse
 
 # ml_collections loads config files by a deprecated method.
 pytestmark = pytest.mark.filterwarnings(
@@ -220,14 +220,13 @@ def test_every_shipped_config_builds(path, variant, method):
 
   def initial(key):
     params = model.init(key, jax.numpy.zeros(x.shape, x.dtype))["params"]
-    rules = parse_rules(c.rules) if c.method == "maestro" else []
+    rules = c.rules if c.method.name == "maestro" else []
     params = lowrank.decompose(params, rules, layers)
     return params, tx.init(params)
 
   params, _ = jax.eval_shape(initial, jax.random.key(0))
   assert bool(trees.factored(params)) == (method == "maestro")
-  for name in ("discover", "settle"):
-    build.make_sampler(c, name)
+  build.check(c)
 
 
 @pytest.mark.parametrize(

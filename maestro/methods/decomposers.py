@@ -9,6 +9,7 @@ import numpy as np
 
 from maestro import lowrank, trees
 from maestro.methods import calibrate
+from maestro.schema import Count
 from maestro.trees import Layers, Tree
 
 # ---------------------------------------------------------------------------
@@ -26,7 +27,7 @@ def svd(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
 
 
 def data(
-  params: Tree, rules, layers: Layers, *, moments, key, examples: int = 512
+  params: Tree, rules, layers: Layers, *, moments, key, examples: Count = 512
 ) -> dict:
   """Takes the best approximation of each layer's outputs on training data.
 

@@ -1,6 +1,6 @@
-"""Spectra of dense kernels, and kernels put together from parts of them."""
+"""Spectra of dense kernels, and their projection to lower ranks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -50,3 +50,36 @@ def spectra(params: Tree, layers: Layers, paths: Iterable[str]) -> Spectra:
       " go back to an earlier checkpoint"
     )
   return found
+
+
+def project(
+  params: Tree,
+  layers: Layers,
+  paths: Iterable[str],
+  choose: Callable[[Callable[[], Spectra]], Mapping[str, int]],
+  t: float,
+) -> dict:
+  """Cuts dense kernels to lower ranks, singular values less t.
+
+    K = U diag(s) V^T  ->  sum_{k < r} max(s_k - t, 0) u_k v_k^T
+
+  TRP (Xu et al., 2020) truncates every few steps and adds a sub-gradient of
+  the nuclear norm, U V^T, to the gradient in between. A step t along it
+  lowers every singular value by t; taking it at the projection, all at once,
+  and stopping at zero, is ours: it needs no more decompositions.
+
+  Args:
+    params: with dense kernels.
+    layers: from `maestro.layers`.
+    paths: which kernels.
+    choose: (function that returns spectra) -> {path: r}.
+    t: by how much singular values fall.
+  """
+  parts = svds(matrices(params, layers, paths))
+  ranks = choose(lambda: {p: np.asarray(s) for p, (_, s, _) in parts.items()})
+  changes = {}
+  for path, matrix in put_together(parts, ranks, jnp.float32(t)).items():
+    spec, node = layers[path], trees.get(params, path)
+    kernel = trees.to_kernel(matrix, spec).astype(node[spec.weight].dtype)
+    changes[path] = dict(node) | {spec.weight: kernel}
+  return trees.replace(params, changes)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from typing import Annotated
 
 import numpy as np
 
-from maestro.schema import ConfigError
+from maestro.schema import Count, Range, Ratio, Weight
 
 Spectra = Mapping[str, np.ndarray]  # {path: singular values [*lead, R]}
 
@@ -26,25 +27,19 @@ def full(now, limits: Mapping[str, int], initial) -> dict[str, int]:
 
 
 def fraction(
-  now, limits: Mapping[str, int], initial, *, fraction: float
+  now, limits: Mapping[str, int], initial, *, fraction: Ratio
 ) -> dict[str, Fraction]:
   """Keeps a fraction of every layer's components."""
   del now, initial
-  if not 0 < fraction <= 1:
-    raise ConfigError(
-      f"config.method.ranks.fraction: {fraction} is outside (0, 1]"
-    )
   ratio = Fraction(fraction).limit_denominator(1024)
   return {path: ratio * rank for path, rank in limits.items()}
 
 
 def constant(
-  now, limits: Mapping[str, int], initial, *, rank: int
+  now, limits: Mapping[str, int], initial, *, rank: Count
 ) -> dict[str, int]:
   """Gives every layer one rank, or its full rank where that is less."""
   del now, initial
-  if rank < 1:
-    raise ConfigError(f"config.method.ranks.rank: {rank} is below 1")
   return {path: min(rank, limit) for path, limit in limits.items()}
 
 
@@ -53,15 +48,13 @@ def energy(
   limits: Mapping[str, int],
   initial,
   *,
-  lost: float = 0.02,
+  lost: Annotated[float, Range("[0, 1)")] = 0.02,
 ) -> dict[str, int]:
   """Keeps the fewest components that lose at most a part of ||K||_F^2.
 
   r = min{r: sum_{k >= r} s_k^2 <= lost * sum_k s_k^2}
   """
   del initial
-  if not 0 <= lost < 1:
-    raise ConfigError(f"config.method.ranks.lost: {lost} is outside [0, 1)")
   ranks = {}
   for path, s in now().items():
     square = s.astype(np.float64) ** 2
@@ -121,7 +114,7 @@ def settled(
   before: Mapping[str, float],
   now: Mapping[str, float],
   *,
-  tolerance: float = 0.1,
+  tolerance: Weight = 0.1,
 ) -> bool:
   """True once no stable rank moves by more than `tolerance` in an epoch.
 
@@ -129,10 +122,6 @@ def settled(
   stable ranks is small. Differences of one epoch, and of plain stable ranks
   rather than scaled ones, are ours.
   """
-  if not tolerance >= 0:
-    raise ConfigError(
-      f"config.method.switch.tolerance: {tolerance} is not >= 0"
-    )
   return bool(before) and all(
     abs(now[path] - before[path]) <= tolerance for path in now
   )

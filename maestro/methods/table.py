@@ -14,8 +14,12 @@ so, and otherwise ours.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, Literal
 
-TIMES = ("start", "settle", "end")
+from maestro.schema import ConfigError, Weight, bind, choose
+
+# What a piece looks at; where there is none of it in training, it is refused.
+FACTORS, KERNELS = {"needs": "factors"}, {"needs": "kernels"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +58,48 @@ class Method:
   """
 
   name: str
-  decompose: str | None = None
+  decompose: Literal["start", "settle", "end"] | None = None
   decomposer: Mapping = dataclasses.field(default_factory=lambda: SVD)
   ranks: Mapping = dataclasses.field(default_factory=lambda: {"name": "full"})
   budget: str | None = None
-  sampler: Mapping | None = None
-  shrink: str | None = None
-  penalty: str | None = None
+  sampler: Mapping | None = dataclasses.field(default=None, metadata=FACTORS)
+  shrink: str | None = dataclasses.field(default=None, metadata=FACTORS)
+  penalty: str | None = dataclasses.field(default=None, metadata=FACTORS)
   proximal: bool = False
-  lam: float | None = None
-  project: Mapping | None = None
-  switch: Mapping | None = None
-  trainable: str = "all"
+  lam: Weight | None = None
+  project: Mapping | None = dataclasses.field(default=None, metadata=KERNELS)
+  switch: Mapping | None = dataclasses.field(default=None, metadata=KERNELS)
+  trainable: Literal["all", "factors"] = dataclasses.field(
+    default="all", metadata=FACTORS
+  )
 
   @property
   def fits_later(self) -> bool:
     """True if ranks are sampled or shrunk before the budget applies."""
     found = self.sampler is not None or self.shrink is not None
     return found and self.decompose == "start"
+
+  def check_times(self) -> None:
+    """Refuses pieces that would do nothing, as kernels are factors or are not.
+
+    Raises:
+      ConfigError: names the piece and the remedy.
+    """
+    never = {
+      "factors": (self.decompose in (None, "end"), '"start" or "settle"'),
+      "kernels": (self.decompose in (None, "start"), '"settle" or "end"'),
+    }
+    for field in dataclasses.fields(self):
+      needs = field.metadata.get("needs")
+      if needs is None or getattr(self, field.name) == field.default:
+        continue
+      absent, remedy = never[needs]
+      if absent:
+        raise ConfigError(
+          f"config.method.{field.name}: would do nothing, as it looks at"
+          f" {needs} and no layer has them while it trains; set"
+          f" config.method.decompose (now {self.decompose!r}) to {remedy}"
+        )
 
 
 SVD = {"name": "svd"}
@@ -153,3 +181,22 @@ METHODS: dict[str, Method] = {
     ),
   )
 }
+
+
+def parse_method(section: Any) -> Method:
+  """Turns config.method, a name or a mapping with one, into its pieces.
+
+  Raises:
+    ConfigError: an unknown name or piece, or pieces that do not go together.
+  """
+  if isinstance(section, str):
+    section = {"name": section}
+  if not isinstance(section, Mapping):
+    raise ConfigError(
+      f"config.method: {section!r} is neither the name of a method nor a"
+      " mapping with one"
+    )
+  method, options = choose(METHODS, section, "config.method")
+  method = dataclasses.replace(method, **bind(Method, options, "config.method"))
+  method.check_times()
+  return method

@@ -4,25 +4,32 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from maestro import data as data_lib
 from maestro import introspect as nn
+from maestro import lowrank, trees
+from maestro.cost.count import Cost, count_cost
 from maestro.errors import UserError
+from maestro.methods import bind as methods
 from maestro.models import MODELS
-from maestro.parallel.mesh import Mesh
+from maestro.parallel.mesh import Mesh, make_mesh
 from maestro.runs import checkpoint
 from maestro.runs import workdir as workdir_lib
-from maestro.sampling import SAMPLERS
 from maestro.schema import ConfigError, bind, choose
+from maestro.training import optim
 from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import Config, parse
 from maestro.training.evaluate import make_evaluate
-from maestro.trees import LayerSpec
+from maestro.training.state import TrainState, new_state
+from maestro.training.step import make_dispatch, make_step
+from maestro.trees import LayerSpec, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,23 +98,6 @@ def make_model(c: Config, facts: Facts) -> Any:
   return cls(**bind(cls, options, where, tuple(given)), **given)
 
 
-def make_sampler(c: Config, phase: str) -> Callable:
-  """Returns sampler(key, ranks) of a phase, "discover" or "settle"."""
-  return sampler(getattr(c, phase).sampler, f"config.{phase}.sampler")
-
-
-def sampler(section: Mapping[str, Any], where: str) -> Callable:
-  """Builds the ranks' sampler from a section at a path of the config."""
-  function, options = choose(SAMPLERS, section, where)
-  options = bind(function, options, where, ("key", "ranks"))
-  chosen = functools.partial(function, **options)
-  try:  # a wrong value shows now, not within the first step
-    chosen(jax.random.key(0), {"rank": jnp.ones((), jnp.int32)})
-  except ValueError as error:
-    raise ConfigError(f"{where}: {error}") from error
-  return chosen
-
-
 def make_evaluator(
   c: Config, model: Any, dataset: data_lib.Dataset, mesh: Mesh
 ) -> Callable:
@@ -144,6 +134,265 @@ def make_recalibrator(
     return variables | {"batch_stats": recalibrate(variables, dataset.train)}
 
   return with_statistics
+
+
+# ---------------------------------------------------------------------------
+# A training run
+# ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Training:
+  """What a config describes, built; the loop knows no more of it.
+
+  Attributes:
+    mesh: the devices.
+    dataset: its splits, in host memory.
+    facts: about the data set.
+    model: the Flax module.
+    layers: {path: LayerSpec} of the model.
+    dense: cost of the dense network.
+    method: what config.method stands for.
+    batch_size: examples a step.
+    epochs: of both phases.
+    steps_per_epoch: without a last, smaller batch.
+    steps_per_dispatch: steps a call of the device.
+    log_every_steps: steps to a record of training metrics; None for an epoch's.
+    macs_per_example: of a step, in MACs of a forward pass.
+    initial: () -> (dense params, batch_stats) to start from.
+    new_state: (optimizer, params, batch_stats, ranks) -> TrainState at step 0.
+    order: epoch -> the order of the training examples.
+    optimizer: length of discover -> (learning rate's schedule, optimizer).
+    program: (phase, length of discover, steps) -> compiled steps.
+    evaluate: (variables, split) -> metrics.
+    recalibrate: variables -> variables with batch statistics of their own.
+  """
+
+  mesh: Mesh
+  dataset: data_lib.Dataset
+  facts: Facts
+  model: Any
+  layers: Mapping[str, LayerSpec]
+  dense: Cost
+  method: methods.Bound
+  batch_size: int
+  epochs: int
+  steps_per_epoch: int
+  steps_per_dispatch: int
+  log_every_steps: int | None
+  macs_per_example: int
+  initial: Callable[[], tuple[Tree, Tree]]
+  new_state: Callable[..., TrainState]
+  order: Callable[[int], jax.Array]
+  optimizer: Callable[
+    [int], tuple[optax.Schedule, optax.GradientTransformation]
+  ]
+  program: Callable[[str, int, int], Callable]
+  evaluate: Callable[[Tree, data_lib.Split], dict[str, float]]
+  recalibrate: Callable[[Tree], Tree]
+
+  @property
+  def total_steps(self) -> int:
+    """Steps of the whole run."""
+    return self.epochs * self.steps_per_epoch
+
+
+def check(c: Config) -> None:
+  """Checks what needs no data: devices, the method's pieces, the optimizer.
+
+  Raises:
+    UserError: names the key.
+  """
+  make_mesh(c.num_devices)
+  methods.check(c.method, settings(c))
+  optim.make(c.optimizer, _schedule(c, c.discover.epochs, 1000))
+
+
+def make_training(c: Config) -> Training:
+  """Builds everything that a config describes, its data set included.
+
+  Raises:
+    UserError: a section does not fit, or data is missing or damaged.
+  """
+  mesh, dataset = make_mesh(c.num_devices), data_lib.make(**c.data)
+  facts = Facts.of(dataset)
+  model = make_model(c, facts)
+  layers = nn.layers(model, facts.example)
+  steps_per_epoch = _steps_per_epoch(c, len(dataset.train), mesh.size)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), facts.example)
+  dense = count_cost(layers, shapes["params"])
+  random = functools.partial(_random, c.seed, model, facts.example)
+  method = methods.bind(
+    c.method,
+    settings(c),
+    methods.Subject(
+      model=model,
+      layers=layers,
+      dense=dense,
+      initial=lambda: random()[0],
+      batches=functools.partial(_batches, dataset),
+      # Another stream than those of initial weights and of steps.
+      key=jax.random.fold_in(jax.random.key(c.seed), 2),
+    ),
+  )
+
+  @functools.cache
+  def optimizer(discover_epochs: int):
+    schedule = _schedule(c, discover_epochs, steps_per_epoch)
+    end = discover_epochs * steps_per_epoch
+    tx = optim.make(c.optimizer, schedule)
+    return schedule, method.optimizer(tx, schedule, end)
+
+  @functools.cache
+  def program(phase: str, discover_epochs: int, steps: int) -> Callable:
+    step = make_step(
+      model,
+      optimizer(discover_epochs)[1],
+      loss=c.loss,
+      preprocess=dataset.preprocess,
+      sampler=method.samplers[phase],
+      batch_size=c.batch_size,
+      steps_per_epoch=steps_per_epoch,
+      lam=method.lams[phase],
+      penalty=method.penalty,
+      full_pass=c.full_pass,
+      mesh=mesh,
+    )
+    return make_dispatch(step, steps)
+
+  def initial() -> tuple[Tree, Tree]:
+    if c.init_from is None:
+      return random()
+    return _trained(c.init_from, layers, shapes["params"])
+
+  return Training(
+    mesh=mesh,
+    dataset=dataset,
+    facts=facts,
+    model=model,
+    layers=layers,
+    dense=dense,
+    method=method,
+    batch_size=c.batch_size,
+    epochs=c.epochs,
+    steps_per_epoch=steps_per_epoch,
+    steps_per_dispatch=c.steps_per_dispatch or _dispatch_size(steps_per_epoch),
+    log_every_steps=c.log_every_steps,
+    # A backward pass is taken as two forward passes.
+    macs_per_example=3 if c.full_pass is None else 6,
+    initial=initial,
+    new_state=functools.partial(new_state, c.seed, c.loss),
+    order=lambda epoch: data_lib.epoch_order(c.seed, epoch, len(dataset.train)),
+    optimizer=optimizer,
+    program=program,
+    evaluate=make_evaluator(c, model, dataset, mesh),
+    recalibrate=make_recalibrator(c, model, dataset, mesh),
+  )
+
+
+def settings(c: Config) -> methods.Settings:
+  """What the rest of a config says to its method."""
+  phases = {"discover": c.discover, "settle": c.settle}
+  return methods.Settings(
+    rules=c.rules,
+    samplers={name: phase.sampler for name, phase in phases.items()},
+    lams={name: phase.lam for name, phase in phases.items()},
+    lasso=c.lasso,
+    threshold=c.threshold,
+    momentum=c.optimizer.get("momentum") or 0.0,
+  )
+
+
+def _schedule(
+  c: Config, discover_epochs: int, steps_per_epoch: int
+) -> optax.Schedule:
+  """The learning rate, for a length of the discover phase."""
+  phases = (
+    ("discover", discover_epochs, c.discover.schedule),
+    ("settle", c.epochs - discover_epochs, c.settle.schedule),
+  )
+  return optim.make_schedule(phases, steps_per_epoch)
+
+
+def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
+  if c.batch_size > n:
+    raise ConfigError(
+      f"config.batch_size: {c.batch_size} is larger than the training split of"
+      f" {c.data['name']!r}, {n} examples"
+    )
+  if c.batch_size % devices:
+    raise ConfigError(
+      f"config.batch_size: {c.batch_size} cannot be split over {devices}"
+      " devices; change it or config.num_devices"
+    )
+  return n // c.batch_size
+
+
+def _dispatch_size(steps_per_epoch: int) -> int:
+  """1 on CPUs, see `make_dispatch`; else a divisor, for one program a phase."""
+  if jax.default_backend() == "cpu":
+    return 1
+  return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
+
+
+def _batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
+  """Preprocesses a fixed choice of training examples."""
+  split = dataset.train
+  order = np.asarray(data_lib.epoch_order(0, 0, len(split)))[:examples]
+  for start in range(0, len(order), 256):
+    x = split.inputs[np.sort(order[start : start + 256])]
+    yield dataset.preprocess(jnp.asarray(x))
+
+
+def _random(seed: int, model: Any, example) -> tuple[Tree, Tree]:
+  """Returns random dense params, and batch_stats, of the run's seed."""
+  key, _ = jax.random.split(jax.random.key(seed))
+  inputs = jnp.zeros(example.shape, example.dtype)
+  variables = jax.jit(model.init)(key, inputs)
+  return variables["params"], variables.get("batch_stats", {})
+
+
+def _trained(
+  workdir: str, layers: Mapping[str, LayerSpec], wanted: Tree
+) -> tuple[Tree, Tree]:
+  """Returns dense params, and batch_stats, of another run: its function."""
+  source = pathlib.Path(workdir)
+  if not (source / "checkpoints").is_dir():
+    raise ConfigError(
+      f"config.init_from: {source} is no workdir of a run (it has no"
+      " checkpoints/)"
+    )
+  params, stats, ranks, _ = checkpoint.load_params(source / "checkpoints")
+  params = jax.tree.map(jnp.asarray, params)
+  for path, (node, _) in trees.paired(params, ranks).items():
+    found, spec = (node["u"].shape, node["v"].shape), layers.get(path)
+    fits = "absent" if spec is None else spec.factor_shapes(found[0][-1])
+    if found != fits:
+      raise ConfigError(
+        f"config.init_from: {source} does not fit this model: layer {path!r}"
+        f" has factors {found} there and {fits} here"
+      )
+  params = lowrank.merge(lowrank.truncate(params, ranks), layers)
+  found, fits = _shapes(params), _shapes(wanted)
+  for path in sorted(found.keys() | fits.keys()):
+    if found.get(path) != fits.get(path):
+      raise ConfigError(
+        f"config.init_from: {source} does not fit this model: parameter"
+        f" {path!r} is {found.get(path, 'absent')} there and"
+        f" {fits.get(path, 'absent')} here"
+      )
+  return params, stats
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+  keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+
+
+# ---------------------------------------------------------------------------
+# What a run has left behind
+# ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,17 +1,21 @@
-"""From a config to typed options: Python signatures are the schema.
-
-A config section is splatted into the function or dataclass that consumes it,
-so that every key is used exactly once. `bind` checks names and simple types
-first and turns what is wrong into an error that names the key.
-"""
+"""The schema of a run: what config files hold, parsed and checked once."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from maestro.lowrank import Rule
-from maestro.methods.table import METHODS, Method
-from maestro.schema import ConfigError, bind, choose
+from maestro.methods.table import Method, parse_method
+from maestro.schema import (
+  ConfigError,
+  Count,
+  Natural,
+  Positive,
+  Range,
+  Share,
+  Weight,
+  bind,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +30,9 @@ class Phase:
     shrink: whether ranks are lowered after each epoch.
   """
 
-  epochs: int
+  epochs: Natural
   schedule: Mapping
-  lam: float = 0.0
+  lam: Weight = 0.0
   sampler: Mapping = dataclasses.field(default_factory=lambda: {"name": "full"})
   shrink: bool = False
 
@@ -40,15 +44,15 @@ class Truncate:
   Attributes:
     max_compilations: bound on the programs (train steps, evaluations and
       recalibrations of batch norm) that a run may compile; cuts that would
-      exceed it are left to the masks.
+      exceed it are left to the masks. 5 are needed without any cut.
     min_saving: fraction of the stored MACs that a cut within the discover
       phase must save. The start of the settle phase always cuts.
     multiple_of: ranks are rounded up to a multiple of this.
   """
 
-  max_compilations: int = 8
-  min_saving: float = 0.25
-  multiple_of: int = 1
+  max_compilations: Annotated[int, Range("[5, inf)")] = 8
+  min_saving: Share = 0.25
+  multiple_of: Count = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +67,8 @@ class FullPass:
     temperature: T.
   """
 
-  distill: float = 0.5
-  temperature: float = 1.0
+  distill: Share = 0.5
+  temperature: Positive = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +81,8 @@ class Checkpointing:
     keep: the newest so many are kept, and always the end of discover.
   """
 
-  every_epochs: int = 1
-  keep: int = 2
+  every_epochs: Count = 1
+  keep: Count = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +96,11 @@ class Config:
     settle: the phase that trains at the ranks found; 0 epochs is the paper.
     optimizer: name and options, see `maestro.training.optim.make`.
     batch_size: examples per step, over all devices.
-    method: a name in `maestro.methods.METHODS`, such as "maestro", or "dense"
-      for the same run without factors; or a mapping of that name and pieces of
-      `Method` that replace its own.
+    method: a name in `maestro.methods.METHODS`, such as "maestro" (the default)
+      or "dense" for the same run without factors; or a mapping of that name and
+      pieces of `Method` that replace its own.
     rules: sections of `maestro.Rule`: which layers are decomposed.
-    seed: of initial weights, samplers and the order of examples.
+    seed: of all random numbers, see `maestro.training.streams`.
     loss: "cross_entropy" or "squared_error".
     lasso: "hierarchical" (the paper) or "flat".
     threshold: components of lower importance are removed by shrinking.
@@ -118,50 +122,27 @@ class Config:
   discover: Phase
   settle: Phase
   optimizer: Mapping
-  batch_size: int
-  method: str | Mapping = "maestro"
-  rules: Sequence[Mapping] = ({"path": ".*"},)
-  seed: int = 0
-  loss: str = "cross_entropy"
-  lasso: str = "hierarchical"
-  threshold: float = 1e-5
-  truncate: Truncate = dataclasses.field(default_factory=Truncate)
+  batch_size: Count
+  method: Method
+  rules: tuple[Rule, ...] = (Rule(),)
+  seed: Annotated[int, Range("[0, 4294967296)")] = 0
+  loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+  lasso: Literal["hierarchical", "flat"] = "hierarchical"
+  threshold: Weight = 1e-5
+  truncate: Truncate = Truncate()
   full_pass: FullPass | None = None
   init_from: str | None = None
-  checkpoint: Checkpointing = dataclasses.field(default_factory=Checkpointing)
-  eval_every_epochs: int = 1
-  batch_norm_examples: int | None = 4096
-  log_every_steps: int | None = None
-  steps_per_dispatch: int | None = None
-  num_devices: int | None = None
-
-  @property
-  def pieces(self) -> Method:
-    """What config.method stands for."""
-    section = self.method
-    if isinstance(section, str):
-      section = {"name": section}
-    method, options = choose(METHODS, section, "config.method")
-    return dataclasses.replace(method, **bind(Method, options, "config.method"))
+  checkpoint: Checkpointing = Checkpointing()
+  eval_every_epochs: Count = 1
+  batch_norm_examples: Count | None = 4096
+  log_every_steps: Count | None = None
+  steps_per_dispatch: Count | None = None
+  num_devices: Count | None = None
 
   @property
   def epochs(self) -> int:
     """Epochs of both phases."""
     return self.discover.epochs + self.settle.epochs
-
-
-_SECTIONS = {
-  "discover": Phase,
-  "settle": Phase,
-  "truncate": Truncate,
-  "full_pass": FullPass,
-  "checkpoint": Checkpointing,
-}
-
-
-def _check(ok: bool, message: str) -> None:
-  if not ok:
-    raise ConfigError(message)
 
 
 def parse(config: Mapping[str, Any]) -> Config:
@@ -170,72 +151,24 @@ def parse(config: Mapping[str, Any]) -> Config:
   Raises:
     ConfigError: names the key and what was expected.
   """
-  values = bind(Config, config, "config")
-  for key, cls in _SECTIONS.items():
-    if values.get(key) is not None:
-      values[key] = cls(**bind(cls, values[key], f"config.{key}"))
-  c = Config(**values)
-  _ = c.pieces  # a wrong name shows now
-  for key, low in {
-    "batch_size": 1,
-    "eval_every_epochs": 1,
-    "batch_norm_examples": 1,
-    "log_every_steps": 1,
-    "steps_per_dispatch": 1,
-    "seed": 0,
-    "threshold": 0,
-  }.items():
-    value = getattr(c, key)
-    _check(
-      value is None or value >= low,
-      f"config.{key}: {value} is below {low}",
+  if not isinstance(config, Mapping):
+    raise ConfigError(
+      f"config: a {type(config).__name__}, expected a mapping of sections"
     )
-  for name, phase in (("discover", c.discover), ("settle", c.settle)):
-    _check(
-      phase.epochs >= 0, f"config.{name}.epochs: {phase.epochs} is negative"
+  method = parse_method(config.get("method", "maestro"))
+  c = Config(**bind(Config, dict(config) | {"method": method}, "config"))
+  if not c.epochs:
+    raise ConfigError(
+      "config.discover.epochs and config.settle.epochs are both 0: no training"
     )
-    _check(
-      0 <= phase.lam < float("inf"),
-      f"config.{name}.lam: {phase.lam} is no finite weight >= 0",
-    )
-  _check(
-    c.discover.epochs + c.settle.epochs > 0,
-    "config.discover.epochs and config.settle.epochs are both 0: no training",
-  )
-  _check(
-    c.lasso in ("hierarchical", "flat"),
-    f'config.lasso: {c.lasso!r} is unknown; use "hierarchical" or "flat"',
-  )
-  _check(
-    c.truncate.multiple_of >= 1,
-    f"config.truncate.multiple_of: {c.truncate.multiple_of} is below 1",
-  )
-  _check(
-    c.truncate.max_compilations >= 5,
-    "config.truncate.max_compilations:"
-    f" {c.truncate.max_compilations} is below 5, which a run needs without"
-    " any cut (a train step and an evaluation per phase, and the final model)",
-  )
-  _check(
-    c.checkpoint.keep >= 1 and c.checkpoint.every_epochs >= 1,
-    "config.checkpoint: keep and every_epochs must be at least 1",
-  )
-  if c.full_pass is not None:
-    _check(
-      0 <= c.full_pass.distill <= 1 and c.full_pass.temperature > 0,
-      "config.full_pass: distill must be in [0, 1] and temperature above 0",
-    )
-    _check(
-      c.loss == "cross_entropy" or c.full_pass.distill == 0,
+  if c.full_pass and c.full_pass.distill and c.loss != "cross_entropy":
+    raise ConfigError(
       "config.full_pass.distill: soft targets need config.loss="
-      '"cross_entropy"; set it to 0',
+      '"cross_entropy"; set it to 0'
+    )
+  if method.decompose == "settle" and not c.settle.epochs:
+    raise ConfigError(
+      "config.settle.epochs: 0, but config.method decomposes at the start of"
+      ' settle; raise it, or set config.method.decompose to "end"'
     )
   return c
-
-
-def parse_rules(sections: Sequence[Mapping]) -> list[Rule]:
-  """Turns config.rules into `Rule`s."""
-  return [
-    Rule(**bind(Rule, section, f"config.rules[{i}]"))
-    for i, section in enumerate(sections)
-  ]

@@ -1,10 +1,9 @@
 """The training loop: discover ranks, settle at them, report what was kept.
 
-What is decomposed, sampled, penalised, shrunk and trained, and when, are the
-pieces that config.method chooses: see `maestro.methods`.
-
-`train(config, workdir)` reads from top to bottom; what a reader would skip is
-in the helpers below it.
+`train(config, workdir)` reads from top to bottom: set up; resume or start; for
+each epoch, enter its phase, run its steps, end it; finish. What is decomposed,
+sampled, penalised and shrunk, and when, is `maestro.methods`; what a config
+describes is built by `maestro.training.build`.
 """
 
 import contextlib
@@ -19,27 +18,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from maestro import data as data_lib
 from maestro import introspect as nn
-from maestro import lowrank, trees
-from maestro.cost import count as cost
+from maestro import lowrank
+from maestro.cost.count import count_cost
 from maestro.errors import Interrupted
 from maestro.parallel.mesh import make_mesh, replicate
 from maestro.report import figures
-from maestro.report import tables as report
+from maestro.report.tables import layer_table
 from maestro.runs import checkpoint, metrics
 from maestro.runs import workdir as workdir_lib
-from maestro.schema import ConfigError
-from maestro.training import bind as pieces
 from maestro.training import build, optim
-from maestro.training import state as state_lib
-from maestro.training.config import Config, Phase, parse, parse_rules
+from maestro.training.build import Training
+from maestro.training.config import Truncate, parse
+from maestro.training.epoch import check_finite, every, run_epoch
 from maestro.training.results import (
   Ledger,
-  TrainingError,
   alarms_of,
   rank_record,
   rank_text,
@@ -52,13 +47,12 @@ from maestro.training.state import (
   form_of,
   means,
   plain_ranks,
+  reset_metrics,
   restore,
   shrink_state,
   truncate_state,
   variables_of,
-  zero_metrics,
 )
-from maestro.training.step import make_dispatch, make_step
 
 
 def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
@@ -78,292 +72,129 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     Interrupted: SIGTERM came and the state was saved.
   """
   started = time.monotonic()
-  c = parse(config)
-  workdir = pathlib.Path(workdir)
-
-  # --- Options, so that wrong ones fail before data is read -----------------
-  mesh = make_mesh(c.num_devices)
-  pieces.check(c)
-  parse_rules(c.rules)
-  samplers = {p: pieces.make_sampler(c, p) for p in ("discover", "settle")}
-  penalty, shrink = pieces.make_penalty(c), pieces.make_shrink(c)
-  step_penalty = pieces.make_step_penalty(c)
-  _optimizer(c, c.discover.epochs, steps_per_epoch=1000)
+  c, workdir = parse(config), pathlib.Path(workdir)
+  build.check(c)  # before data is read
   finished = workdir_lib.finished_results(workdir, config)
   if finished is not None:
-    print(f"{workdir}: this run is finished. Its results:\n")
-    print(report.layer_table(finished))
-    return finished
-
-  # --- Data, model, optimizer -----------------------------------------------
-  dataset = data_lib.make(**c.data)
-  facts = build.Facts.of(dataset)
-  model = build.make_model(c, facts)
-  steps_per_epoch = _steps_per_epoch(c, len(dataset.train), mesh.size)
-  epochs = c.epochs
-  total_steps = epochs * steps_per_epoch
-  example = facts.example
-  layers = nn.layers(model, example)
-  dense_cost = cost.count_cost(layers, _dense_params(model, example)["params"])
-  initial = functools.partial(_initial, c, model, layers, example)
-  method = pieces.Pieces(
-    c, model, dataset, layers, dense_cost, lambda: _random(c, model, example)[0]
-  )
-  optimizer = functools.cache(
-    lambda epochs: _optimizer(c, epochs, steps_per_epoch, layers)
-  )
-  # --- Programs ---------------------------------------------------------------
-  evaluate = build.make_evaluator(c, model, dataset, mesh)
-  recalibrate = build.make_recalibrator(c, model, dataset, mesh)
-
-  @functools.cache
-  def dispatch(phase_name: str, discover_epochs: int, steps: int) -> Callable:
-    step = make_step(
-      model,
-      optimizer(discover_epochs)[1],
-      loss=c.loss,
-      preprocess=dataset.preprocess,
-      sampler=samplers[phase_name],
-      batch_size=c.batch_size,
-      steps_per_epoch=steps_per_epoch,
-      lam=pieces.weight(c, phase_name),
-      penalty=penalty,
-      full_pass=c.full_pass,
-      mesh=mesh,
-    )
-    return make_dispatch(step, steps)
-
-  steps_per_dispatch = c.steps_per_dispatch or _dispatch_size(steps_per_epoch)
-  project_every = method.project_every
-  macs_per_example = 3 * (1 if c.full_pass is None else 2)
+    return _finished(workdir, finished)
+  t = build.make_training(c)
 
   with (
     workdir_lib.locked(workdir),
     checkpoint.Checkpoints(
-      workdir / "checkpoints",
-      keep=c.checkpoint.keep,
+      workdir / "checkpoints", keep=c.checkpoint.keep
     ) as checkpoints,
     _sigterm() as stop_asked,
   ):
-    workdir_lib.claim(workdir, config, dataclasses.asdict(facts))
+    workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
 
-    # --- State: the newest checkpoint, or a new one ---------------------------
-    schedule, tx = optimizer(c.discover.epochs)
-    new_state = functools.partial(state_lib.new_state, c, tx)
-
-    def decompose(state: TrainState) -> TrainState:
-      """Turns kernels into factors, with a fresh optimizer."""
-      params, ranks = method.decompose(state.params, state.batch_stats)
-      opt_state = optim.restart(tx, params, state.step)
-      state = state.replace(params=params, ranks=ranks, opt_state=opt_state)
-      ledger.ranks = plain_ranks(ranks)
-      write_spectra(workdir, "start", state)
-      return state
-
-    first_step = checkpoints.latest or 0
+    # --- Resume from the newest checkpoint, or start --------------------------
     if checkpoints.latest is None:
-      ledger = Ledger(c.discover.epochs)
-      state = new_state(*initial(), {})
-      if c.pieces.decompose == "start":
-        state = decompose(state)
+      state, ledger = _start(t, c.discover.epochs, workdir)
     else:
-      state, extra = restore(checkpoints, new_state)
-      # A run of before methods could end discover early says no length.
-      known = {"discover_epochs": c.discover.epochs}
-      ledger = Ledger(**(known | extra["ledger"]))
-      schedule, tx = optimizer(ledger.discover_epochs)
-      print(f"{workdir}: resuming from step {first_step} of {total_steps}")
-    checkpoints.keep_steps = {ledger.discover_epochs * steps_per_epoch}
+      state, ledger = _resume(t, c.discover.epochs, checkpoints)
+      print(f"{workdir}: resuming from step {state.step} of {t.total_steps}")
+    started -= ledger.wall_seconds
     if state.ranks:
-      nn.check_ranks(model, variables_of(state), state.ranks, example)
-    state = replicate(state, mesh)
-    arrays = {"inputs": dataset.train.inputs, "targets": dataset.train.targets}
-    arrays = replicate(arrays, mesh)
+      ranks = state.ranks
+      nn.check_ranks(t.model, variables_of(state), ranks, t.facts.example)
+    state = replicate(state, t.mesh)
+    train_split = t.dataset.train
+    arrays = {"inputs": train_split.inputs, "targets": train_split.targets}
+    arrays = replicate(arrays, t.mesh)
+    step = int(state.step)
 
-    writer = metrics.Writer(
-      workdir, total_steps=total_steps, resume_step=first_step
-    )
-    with writer:
-      wall_before = ledger.wall_seconds
-
-      def save(state: TrainState) -> None:
-        ledger.wall_seconds = wall_before + time.monotonic() - started
-        extra = {"ledger": dataclasses.asdict(ledger)}
-        checkpoints.save(int(state.step), state, extra)
-
-      def recalibrated(state: TrainState) -> dict[str, Any]:
-        # Batch statistics belong to a sub-network; a dense one keeps its own.
-        variables = variables_of(state)
-        if not (state.ranks and state.batch_stats):
-          return variables
-        ledger.compiles(f"recalibrate, {form_of(state.params)}")
-        return recalibrate(variables)
-
-      step = first_step
+    with metrics.Writer(
+      workdir, total_steps=t.total_steps, resume_step=step
+    ) as writer:
       if step == 0:
-        start = rank_record(layers, state) | {
-          "phase": int(not c.discover.epochs)
-        }
-        writer.write(0, 0, start)
-      for epoch in range(first_step // steps_per_epoch, epochs):
-        name = "discover" if epoch < ledger.discover_epochs else "settle"
-        phase: Phase = getattr(c, name)
-        epoch_end = (epoch + 1) * steps_per_epoch
-
-        # --- Entering settle: factors at the ranks that were found ------------
-        if step == ledger.discover_epochs * steps_per_epoch:
-          if c.pieces.decompose == "settle":
-            state = decompose(state)
-            nn.check_ranks(model, variables_of(state), state.ranks, example)
-          else:
-            state = truncate_state(
-              c, tx, at_ranks(state, method.fit(state.ranks))
-            )
-          state = replicate(state, mesh)
+        record = rank_record(t.layers, state)
+        writer.write(0, 0, record | {"phase": int(not ledger.discover_epochs)})
+      for epoch in range(step // t.steps_per_epoch, t.epochs):
+        name, last = ledger.phase(epoch), epoch + 1 == t.epochs
+        if step == ledger.discover_epochs * t.steps_per_epoch:
+          state = _enter_settle(t, state, ledger, c.truncate)
 
         # --- One epoch of steps -----------------------------------------------
-        stored_macs = cost.count_cost(layers, state.params).macs
-        form = form_of(state.params)
-        order = data_lib.epoch_order(c.seed, epoch, len(dataset.train))
-        data = arrays | {"order": replicate(order, mesh)}
-        ranks = jax.device_get(state.ranks)
-        epoch_start, epoch_started = step, time.monotonic()
-        previous = window = None
-        while step < epoch_end:
-          n = min(steps_per_dispatch, epoch_end - step)
-          if c.log_every_steps:
-            n = min(n, c.log_every_steps - step % c.log_every_steps)
-          if project_every:
-            n = min(n, project_every - step % project_every)
-          ledger.compiles(f"{name}, {n} steps, {form}")
-          run = dispatch(name, ledger.discover_epochs, n)
-          state, step_losses = run(state, data)
-          step += n
-          if project_every and step % project_every == 0 and not state.ranks:
-            t = project_every * float(schedule(step - 1))
-            t *= pieces.step_weight(c, name)
-            params = method.project(state.params, t)
-            state = state.replace(params=replicate(params, mesh))
-          # The host reads one dispatch late, so that the device never waits.
-          if previous is not None:
-            loss = _finite(previous, step - n, checkpoints)
-            speed = (
-              (step - epoch_start)
-              * c.batch_size
-              / (time.monotonic() - epoch_started)
-            )
-            writer.progress(
-              step,
-              f"epoch {epoch + 1}/{epochs} {name} loss {loss:.3f}"
-              f"{rank_text(ranks)}",
-              examples_per_second=speed,
-            )
-          if window is not None:
-            writer.write(*window[:2], means(window[2]) | window[3])
-            window = None
-          previous = step_losses
-          if (
-            c.log_every_steps
-            and step % c.log_every_steps == 0
-            and step < epoch_end
-          ):
-            rate = {"learning_rate": float(schedule(step - 1))}
-            window = step, epoch + 1, state.metrics, rate
-            state = state.replace(metrics=replicate(zero_metrics(c.loss), mesh))
-          if stop_asked() and step < epoch_end:
-            break
-        loss = _finite(previous, step, checkpoints)
-        if window is not None:
-          writer.write(*window[:2], means(window[2]) | window[3])
-        seconds = time.monotonic() - epoch_started
-        examples = (step - epoch_start) * c.batch_size
-        ledger.macs += macs_per_example * examples * stored_macs
-        ledger.examples += examples
-        ledger.train_seconds += seconds
-        if step < epoch_end:
-          save(state)
-          raise Interrupted(f"stopped at step {step} of {total_steps}")
+        state, done = run_epoch(
+          t,
+          state,
+          arrays,
+          ledger,
+          epoch,
+          writer=writer,
+          checkpoints=checkpoints,
+          stop_asked=stop_asked,
+        )
+        step = done.step
+        if not done.whole:
+          _save(checkpoints, state, ledger, started, t)
+          raise Interrupted(f"stopped at step {step} of {t.total_steps}")
 
-        # --- Epoch end: shrink, perhaps cut, perhaps change the phase ---------
-        record = means(state.metrics)
-        if step_penalty is not None:  # no loss has it; at the epoch's end
-          value = float(step_penalty(state.params, state.ranks))
-          record["train/penalty"] = pieces.weight(c, name) * value
-        _check_finite_window(record, step, checkpoints)
-        state = state.replace(metrics=replicate(zero_metrics(c.loss), mesh))
-        rate = {"learning_rate": float(schedule(step - 1))}
-        last = epoch + 1 == epochs
-        if state.ranks and phase.shrink and shrink is not None:
-          state = shrink_state(state, shrink)
-          if _worth_cutting(c, ledger, layers, state, epoch):
-            state = replicate(truncate_state(c, tx, state), mesh)
-        if name == "discover" and not state.ranks:
-          stable = method.stable_ranks(state.params)
-          if stable is not None:
-            if not last and method.switches(ledger.stable_ranks, stable):
-              ledger.discover_epochs = epoch + 1
-              schedule, tx = optimizer(ledger.discover_epochs)
-              checkpoints.keep_steps = {step}
-              writer.message(f"discover ends after epoch {epoch + 1}")
-            ledger.stable_ranks = stable
-        end_of_discover = epoch + 1 == ledger.discover_epochs
-        if end_of_discover and state.ranks:
+        # --- Its end: shrink, perhaps cut, perhaps change the phase -----------
+        record = _means(t, name, state)
+        check_finite(record, step, checkpoints)
+        state = reset_metrics(state)
+        if state.ranks and getattr(c, name).shrink and t.method.shrink:
+          state = shrink_state(state, t.method.shrink)
+          if _worth_cutting(t, ledger, state, epoch, c.truncate):
+            state = _cut(t, state, ledger, c.truncate)
+        if name == "discover" and _ends_discover(t, state, ledger, epoch):
+          writer.message(f"discover ends after epoch {epoch + 1}")
+        discovered = epoch + 1 == ledger.discover_epochs
+        if discovered and state.ranks:
           write_spectra(workdir, "end of discover", state)
-        for alarm in alarms_of(c, ledger, layers, state, end_of_discover):
+        shrunk = (
+          discovered and c.discover.shrink and t.method.shrink is not None
+        )
+        for alarm in alarms_of(t.method, ledger, t.layers, state, shrunk):
           if alarm not in ledger.alarms:
             ledger.alarms.append(alarm)
             writer.message(f"alarm: {alarm}")
-
-        if last and c.pieces.decompose == "end":
-          state = replicate(decompose(state), mesh)
-        elif last and end_of_discover:
-          state = at_ranks(state, method.fit(state.ranks))
+        if last:
+          state = _enter_end(t, state, ledger, discovered)
 
         # --- Evaluate, log, save ----------------------------------------------
-        landmark = last or end_of_discover
-        if landmark or (epoch + 1) % c.eval_every_epochs == 0:
-          variables = recalibrated(state)
-          ledger.compiles(f"evaluate, {form_of(state.params)}")
-          values = evaluate(variables, dataset.val)
+        if last or discovered or every(epoch + 1, c.eval_every_epochs):
+          (values,) = _evaluate(t, state, ledger, t.dataset.val)
           record |= {f"val/{key}": value for key, value in values.items()}
-          _check_finite_window(record, step, checkpoints)
-        record |= rank_record(layers, state) | rate
-        record |= {
-          "examples_per_second": examples / seconds,
-          "phase": int(name == "settle"),
-        }
-        writer.write(step, epoch + 1, record)
+          check_finite(record, step, checkpoints)
+        record |= rank_record(t.layers, state)
+        schedule, _ = t.optimizer(ledger.discover_epochs)
+        record["learning_rate"] = float(schedule(step - 1))
+        record["examples_per_second"] = done.examples_per_second
+        writer.write(step, epoch + 1, record | {"phase": int(name == "settle")})
         writer.progress(
           step,
-          f"epoch {epoch + 1}/{epochs} {name} loss {loss:.3f}"
+          f"epoch {epoch + 1}/{t.epochs} {name} loss {done.loss:.3f}"
           + "".join(
             f" {key} {record[key]:.4f}"
             for key in ("val/loss", "val/accuracy")
             if key in record
           )
           + rank_text(jax.device_get(state.ranks)),
-          examples_per_second=examples / seconds,
+          examples_per_second=done.examples_per_second,
         )
-        every = (epoch + 1) % c.checkpoint.every_epochs == 0
-        if landmark or every or stop_asked():
-          save(state)
+        due = every(epoch + 1, c.checkpoint.every_epochs)
+        if last or discovered or due or stop_asked():
+          _save(checkpoints, state, ledger, started, t)
         if stop_asked() and not last:
-          raise Interrupted(f"stopped at step {step} of {total_steps}")
+          raise Interrupted(f"stopped at step {step} of {t.total_steps}")
 
     # --- The final model: exact ranks, merged where dense is cheaper ----------
-    final = lowrank.extract(state.params, state.ranks, layers)
-    variables = recalibrated(state.replace(params=final))
-    ledger.compiles(f"evaluate, {form_of(final)}")
-    val = evaluate(variables, dataset.val)
-    test = evaluate(variables, dataset.test)
+    final = lowrank.extract(state.params, state.ranks, t.layers)
+    val, test = _evaluate(
+      t, state.replace(params=final), ledger, t.dataset.val, t.dataset.test
+    )
     write_spectra(workdir, "final", state)
-    ledger.wall_seconds = wall_before + time.monotonic() - started
+    ledger.wall_seconds = time.monotonic() - started
+    scores = {"val": val, "test": test}
     results = results_of(
-      config, c, ledger, layers, dense_cost, final, state, val, test
+      config, ledger, t.layers, t.dense, final, state, scores
     )
     workdir_lib.write_json(workdir / "results.json", results)
     figures.figures(workdir)
-    print(f"\n{report.layer_table(results)}\n\n{workdir}: finished")
+    print(f"\n{layer_table(results)}\n\n{workdir}: finished")
     return results
 
 
@@ -382,7 +213,7 @@ def evaluate_workdir(
   c, dataset = run.config, data_lib.make(**run.config.data)
   mesh = make_mesh(c.num_devices)
   variables = {"params": lowrank.extract(run.params, run.ranks, run.layers)}
-  size = cost.count_cost(run.layers, variables["params"])
+  size = count_cost(run.layers, variables["params"])
   if run.batch_stats:
     variables["batch_stats"] = run.batch_stats
   variables = replicate(variables, mesh)
@@ -400,100 +231,54 @@ def evaluate_workdir(
 
 
 # ---------------------------------------------------------------------------
-# Set-up
+# Resume or start
 # ---------------------------------------------------------------------------
 
 
-def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
-  if c.batch_size > n:
-    raise ConfigError(
-      f"config.batch_size: {c.batch_size} is larger than the training split of"
-      f" {c.data['name']!r}, {n} examples"
-    )
-  if c.batch_size % devices:
-    raise ConfigError(
-      f"config.batch_size: {c.batch_size} cannot be split over {devices}"
-      " devices; change it or config.num_devices"
-    )
-  return n // c.batch_size
+def _finished(workdir: pathlib.Path, results: dict) -> dict:
+  """Shows a finished run; draws its report, if it was killed before that."""
+  print(f"{workdir}: this run is finished. Its results:\n")
+  print(layer_table(results))
+  if not (workdir / "report").exists():
+    figures.figures(workdir)
+  return results
 
 
-def _dispatch_size(steps_per_epoch: int) -> int:
-  """1 on CPUs, see `make_dispatch`; else a divisor, for one program a phase."""
-  if jax.default_backend() == "cpu":
-    return 1
-  return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
+def _start(
+  t: Training, discover_epochs: int, workdir: pathlib.Path
+) -> tuple[TrainState, Ledger]:
+  ledger = Ledger(discover_epochs)
+  _, tx = t.optimizer(discover_epochs)
+  state = t.new_state(tx, *t.initial(), {})
+  if t.method.decompose_at == "start":
+    state = _decompose(t, state, ledger)
+    write_spectra(workdir, "start", state)
+  return state, ledger
 
 
-def _dense_params(model: Any, example: jax.ShapeDtypeStruct) -> Any:
-  return jax.eval_shape(model.init, jax.random.key(0), example)
+def _resume(
+  t: Training, discover_epochs: int, checkpoints: checkpoint.Checkpoints
+) -> tuple[TrainState, Ledger]:
+  step = checkpoints.latest
+  _, extra = checkpoints.shapes(step)
+  # A run of before methods could end discover early says no length.
+  ledger = Ledger(**({"discover_epochs": discover_epochs} | extra["ledger"]))
+  _, tx = t.optimizer(ledger.discover_epochs)
+  new_state = functools.partial(t.new_state, tx)
+  return restore(checkpoints, new_state)[0], ledger
 
 
-def _optimizer(c: Config, discover_epochs: int, steps_per_epoch: int, *layers):
-  """Returns (schedule, optimizer) for a length of the discover phase."""
-  lengths = {
-    "discover": discover_epochs,
-    "settle": c.epochs - discover_epochs,
-  }
-  phases = [(p, n, getattr(c, p).schedule) for p, n in lengths.items()]
-  schedule = optim.make_schedule(phases, steps_per_epoch)
-  end = discover_epochs * steps_per_epoch
-  return schedule, pieces.make_optimizer(c, schedule, end, *layers)
-
-
-def _random(c: Config, model: Any, example):
-  """Returns random dense params, and batch_stats, of the run's seed."""
-  key, _ = jax.random.split(jax.random.key(c.seed))
-  inputs = jnp.zeros(example.shape, example.dtype)
-  variables = jax.jit(model.init)(key, inputs)
-  return variables["params"], variables.get("batch_stats", {})
-
-
-def _initial(c: Config, model: Any, layers, example):
-  """Returns dense params, and batch_stats, to start from."""
-  if c.init_from is None:
-    params, stats = _random(c, model, example)
-  else:
-    source = pathlib.Path(c.init_from)
-    if not (source / "checkpoints").is_dir():
-      raise ConfigError(
-        f"config.init_from: {source} is no workdir of a run (it has no"
-        " checkpoints/)"
-      )
-    params, stats, ranks, _ = checkpoint.load_params(source / "checkpoints")
-    params = jax.tree.map(jnp.asarray, params)
-    _check_same_factors(params, ranks, layers, source)
-    # The function that the other run learnt, at its ranks, as dense kernels.
-    params = lowrank.merge(lowrank.truncate(params, ranks), layers)
-    _check_same_shapes(params, _dense_params(model, example)["params"], source)
-  return params, stats
-
-
-def _check_same_factors(params, ranks, layers, source: pathlib.Path) -> None:
-  for path, (node, _) in trees.paired(params, ranks).items():
-    found, spec = (node["u"].shape, node["v"].shape), layers.get(path)
-    wanted = "absent" if spec is None else spec.factor_shapes(found[0][-1])
-    if found != wanted:
-      raise ConfigError(
-        f"config.init_from: {source} does not fit this model: layer {path!r}"
-        f" has factors {found} there and {wanted} here"
-      )
-
-
-def _check_same_shapes(params: Any, wanted: Any, source: pathlib.Path) -> None:
-  def shapes(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {keystr(path): jnp.shape(leaf) for path, leaf in leaves}
-
-  found, wanted = shapes(params), shapes(wanted)
-  for path in sorted(found.keys() | wanted.keys()):
-    if found.get(path) != wanted.get(path):
-      raise ConfigError(
-        f"config.init_from: {source} does not fit this model: parameter"
-        f" {path!r} is {found.get(path, 'absent')} there and"
-        f" {wanted.get(path, 'absent')} here"
-      )
+def _save(
+  checkpoints: checkpoint.Checkpoints,
+  state: TrainState,
+  ledger: Ledger,
+  started: float,
+  t: Training,
+) -> None:
+  ledger.wall_seconds = time.monotonic() - started
+  checkpoints.keep_steps = {ledger.discover_epochs * t.steps_per_epoch}
+  extra = {"ledger": dataclasses.asdict(ledger)}
+  checkpoints.save(int(state.step), state, extra)
 
 
 @contextlib.contextmanager
@@ -510,66 +295,117 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
     signal.signal(signal.SIGTERM, before)
 
 
+# ---------------------------------------------------------------------------
+# From phase to phase
+# ---------------------------------------------------------------------------
+
+
+def _decompose(t: Training, state: TrainState, ledger: Ledger) -> TrainState:
+  """Turns kernels into factors, with a fresh optimizer."""
+  _, tx = t.optimizer(ledger.discover_epochs)
+  params, ranks = t.method.decompose(state.params, state.batch_stats)
+  opt_state = optim.restart(tx, params, state.step)
+  ledger.ranks = plain_ranks(ranks)
+  state = state.replace(params=params, ranks=ranks, opt_state=opt_state)
+  return replicate(state, t.mesh)
+
+
+def _cut(
+  t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
+) -> TrainState:
+  _, tx = t.optimizer(ledger.discover_epochs)
+  return replicate(truncate_state(tx, state, truncate.multiple_of), t.mesh)
+
+
+def _enter_settle(
+  t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
+) -> TrainState:
+  """Returns factors at the ranks that were found, or their first factors."""
+  if t.method.decompose_at != "settle":
+    return _cut(t, at_ranks(state, t.method.fit(state.ranks)), ledger, truncate)
+  state = _decompose(t, state, ledger)
+  variables = variables_of(state)
+  nn.check_ranks(t.model, variables, state.ranks, t.facts.example)
+  return state
+
+
+def _enter_end(
+  t: Training, state: TrainState, ledger: Ledger, discovered: bool
+) -> TrainState:
+  """Returns the state at its final ranks, after the last step."""
+  if t.method.decompose_at == "end":
+    return _decompose(t, state, ledger)
+  if discovered:  # there was no settle phase that would have set them
+    return at_ranks(state, t.method.fit(state.ranks))
+  return state
+
+
+def _ends_discover(
+  t: Training, state: TrainState, ledger: Ledger, epoch: int
+) -> bool:
+  """Compares stable ranks with the last epoch's; may end discover here."""
+  if t.method.stable_ranks is None or state.ranks:
+    return False
+  now = t.method.stable_ranks(state.params)
+  ends = epoch + 1 < t.epochs and t.method.switches(ledger.stable_ranks, now)
+  ledger.stable_ranks = now
+  if ends:
+    ledger.discover_epochs = epoch + 1
+  return ends
+
+
 def _worth_cutting(
-  c: Config, ledger: Ledger, layers, state: TrainState, epoch: int
+  t: Training,
+  ledger: Ledger,
+  state: TrainState,
+  epoch: int,
+  truncate: Truncate,
 ) -> bool:
   """True if a cut now saves enough MACs and its compilations are allowed."""
   discovering = epoch < ledger.discover_epochs
-  phase_end = ledger.discover_epochs if discovering else c.epochs
+  phase_end = ledger.discover_epochs if discovering else t.epochs
   if epoch + 1 >= phase_end:
     return False  # settling cuts anyway, and after the end nothing runs
   # A step and an evaluation now, again when settling, and the final model;
   # with batch norm, a recalibration before each evaluation.
   evaluation = 2 if state.batch_stats else 1
   needed = 1 + evaluation
-  settles = ledger.discover_epochs < c.epochs
+  settles = ledger.discover_epochs < t.epochs
   needed += 1 + evaluation if discovering and settles else 0
   needed += evaluation
-  if len(ledger.programs) + needed > c.truncate.max_compilations:
+  if len(ledger.programs) + needed > truncate.max_compilations:
     return False
   ranks = jax.device_get(state.ranks)
   small = jax.eval_shape(
-    lambda p: lowrank.truncate(p, ranks, c.truncate.multiple_of), state.params
+    lambda p: lowrank.truncate(p, ranks, truncate.multiple_of), state.params
   )
-  stored = cost.count_cost(layers, state.params).macs
-  left = cost.count_cost(layers, small).macs
-  return stored - left >= c.truncate.min_saving * stored
+  stored = count_cost(t.layers, state.params).macs
+  left = count_cost(t.layers, small).macs
+  return stored - left >= truncate.min_saving * stored
 
 
-def _last_good(checkpoints) -> str:
-  if checkpoints.latest is None:
-    return "there is no checkpoint yet"
-  return (
-    f"the last good checkpoint is step {checkpoints.latest} in"
-    f" {checkpoints.directory}"
-  )
+# ---------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------
 
 
-_NAN_REMEDY = (
-  "lower the learning rate (config.discover.schedule.learning_rate) or lambda"
-  " (config.discover.lam), or set config.optimizer.clip_norm, in a new workdir"
-)
+def _means(t: Training, phase: str, state: TrainState) -> dict[str, float]:
+  """Training metrics since they were written last."""
+  record = means(state.metrics)
+  if t.method.step_penalty is not None:  # no loss has it; at the epoch's end
+    value = float(t.method.step_penalty(state.params, state.ranks))
+    record["train/penalty"] = t.method.lams[phase] * value
+  return record
 
 
-def _finite(step_losses: jax.Array, step: int, checkpoints) -> float:
-  """Returns the last of a dispatch's losses; `step` is the step after it."""
-  values = np.asarray(step_losses)
-  bad = np.flatnonzero(~np.isfinite(values))
-  if bad.size:
-    at = step - len(values) + int(bad[0])
-    raise TrainingError(
-      f"loss is {values[bad[0]]} at step {at}; stopped."
-      f" {_last_good(checkpoints)}; {_NAN_REMEDY}"
-    )
-  return float(values[-1])
-
-
-def _check_finite_window(
-  record: Mapping[str, float], step: int, checkpoints
-) -> None:
-  for key, value in record.items():
-    if not np.isfinite(value):
-      raise TrainingError(
-        f"{key} is {value} at step {step}; stopped."
-        f" {_last_good(checkpoints)}; {_NAN_REMEDY}"
-      )
+def _evaluate(
+  t: Training, state: TrainState, ledger: Ledger, *splits: data_lib.Split
+) -> list[dict[str, float]]:
+  """Evaluates on whole splits, with batch statistics of the network's own."""
+  variables, form = variables_of(state), form_of(state.params)
+  # Those of a dense network are its own.
+  if state.ranks and state.batch_stats:
+    ledger.compiles(f"recalibrate, {form}")
+    variables = t.recalibrate(variables)
+  ledger.compiles(f"evaluate, {form}")
+  return [t.evaluate(variables, split) for split in splits]

@@ -153,32 +153,6 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def freeze_base(
-  tx: optax.GradientTransformation,
-) -> optax.GradientTransformation:
-  """Updates the factors of a tree that has any, and nothing else.
-
-  Frozen parameters stay as they are, bit for bit, decay included; gradients are
-  clipped by the norm of the factors' own. A tree without factors is updated
-  whole.
-  """
-
-  def labels(params):
-    factors = {
-      (*(path.split("/") if path else ()), name)
-      for path in trees.factored(params)
-      for name in ("u", "v")
-    }
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: (
-        "frozen" if factors and _names(path) not in factors else "trained"
-      ),
-      params,
-    )
-
-  return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
-
-
 # State classes with a count that a schedule reads.
 _SCHEDULED = (optax.ScaleByScheduleState, prox.ProximalState)
 

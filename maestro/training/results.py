@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,15 +12,11 @@ import numpy as np
 from maestro import lowrank, trees
 from maestro.cost import count as cost
 from maestro.errors import UserError
+from maestro.methods.bind import Bound
 from maestro.runs import workdir as workdir_lib
 from maestro.runs.provenance import git_commit
-from maestro.training import bind as pieces
-from maestro.training.config import Config
 from maestro.training.state import TrainState
-
-
-class TrainingError(UserError):
-  """Training cannot go on; says where it stopped and what can be resumed."""
+from maestro.trees import Layers
 
 
 @dataclasses.dataclass
@@ -55,6 +51,10 @@ class Ledger:
     if name not in self.programs:
       self.programs.append(name)
 
+  def phase(self, epoch: int) -> str:
+    """The phase of an epoch, "discover" or "settle"."""
+    return "discover" if epoch < self.discover_epochs else "settle"
+
 
 def rank_text(ranks: Any) -> str:
   flat = trees.flatten_ranks(ranks)
@@ -64,7 +64,7 @@ def rank_text(ranks: Any) -> str:
   return f" rank {total}"
 
 
-def rank_record(layers, state: TrainState) -> dict[str, Any]:
+def rank_record(layers: Layers, state: TrainState) -> dict[str, Any]:
   """Ranks of all layers, and the network's cost at them."""
   ranks = jax.device_get(state.ranks)
   now = cost.count_cost(layers, state.params, ranks)
@@ -77,46 +77,73 @@ def rank_record(layers, state: TrainState) -> dict[str, Any]:
 
 
 def alarms_of(
-  c: Config, ledger: Ledger, layers, state: TrainState, end_of_discover: bool
+  method: Bound,
+  ledger: Ledger,
+  layers: Layers,
+  state: TrainState,
+  shrunk: bool,
 ) -> Iterator[str]:
-  """Says what a user should not find out by accident."""
-  key = "config.discover.lam" if c.pieces.lam is None else "config.method.lam"
-  lam = f"{key} (now {pieces.weight(c, 'discover'):g})"
+  """Says what a user should not find out by accident.
+
+  Args:
+    method: of the run.
+    ledger: whose ranks are those right after decomposition.
+    layers: of the model.
+    state: at the end of an epoch.
+    shrunk: whether a discover phase that shrinks ranks ends here.
+  """
   flat = trees.flatten_ranks(jax.device_get(state.ranks))
   for path, rank in flat.items():
     has_kernel = layers[path].weight in trees.get(state.params, path)
     if not np.all(rank) and not has_kernel:
       yield (
         f"layer {path} has died: it has rank 0 and outputs its bias alone."
-        f" Lower {lam}, or keep the layer dense by a rule with decompose=False"
+        f" Lower {method.lam_key}, or keep the layer dense by a rule with"
+        " decompose=False"
       )
-  if end_of_discover and flat and c.discover.shrink and c.pieces.shrink:
-    start = ledger.ranks
-    if all(np.all(rank == start[path]) for path, rank in flat.items()):
-      scores = lowrank.importance(state.params, state.ranks)
-      least = min(float(np.min(x)) for x in jax.device_get(scores).values())
-      text = (
-        "no rank has moved while discovering: the least important component"
-        f" scores {least:.1e}. Raise {lam} or config.discover.epochs"
+  if not (shrunk and flat):
+    return
+  if all(np.all(rank == ledger.ranks[path]) for path, rank in flat.items()):
+    scores = lowrank.importance(state.params, state.ranks)
+    least = min(float(np.min(x)) for x in jax.device_get(scores).values())
+    text = (
+      "no rank has moved while discovering: the least important component"
+      f" scores {least:.1e}. Raise {method.lam_key} or config.discover.epochs"
+    )
+    if method.threshold is not None:
+      text += (
+        f"; config.threshold is {method.threshold:g}: if lambda is large"
+        " already, it lies below the floor of order (learning rate *"
+        " lambda)^2: raise it"
       )
-      if c.pieces.shrink == "threshold":
-        text += (
-          f"; config.threshold is {c.threshold:g}: if lambda is large already,"
-          " it lies below the floor of order (learning rate * lambda)^2: raise"
-          " it"
-        )
-      yield text
+    yield text
 
 
 def results_of(
-  config, c: Config, ledger: Ledger, layers, dense_cost, final, state, val, test
+  config: Mapping[str, Any],
+  ledger: Ledger,
+  layers: Layers,
+  dense: cost.Cost,
+  final: trees.Tree,
+  state: TrainState,
+  metrics: Mapping[str, Mapping[str, float]],
 ) -> dict:
-  """Assembles results.json; see docs/method.md for its fields."""
+  """Assembles results.json; see docs/method.md for its fields.
+
+  Args:
+    config: as it was given.
+    ledger: what the run has counted.
+    layers: of the model.
+    dense: cost of the dense network.
+    final: the deployable parameters.
+    state: that they were cut from.
+    metrics: {"val": ..., "test": ...} of the final network.
+  """
   final_cost = cost.count_cost(layers, final)
   flat = trees.flatten_ranks(jax.device_get(state.ranks))
   device = jax.devices()[0]
   rows = []
-  for row, dense in zip(final_cost.layers, dense_cost.layers, strict=True):
+  for row, whole in zip(final_cost.layers, dense.layers, strict=True):
     rank = np.asarray(flat[row.path]).tolist() if row.path in flat else None
     rows.append(
       {
@@ -126,8 +153,8 @@ def results_of(
         "params": row.params,
         "macs": row.macs,
         "form": row.form,
-        "dense_params": dense.params,
-        "dense_macs": dense.macs,
+        "dense_params": whole.params,
+        "dense_macs": whole.macs,
       }
     )
   return {
@@ -135,16 +162,16 @@ def results_of(
     "git": git_commit(),
     "device": f"{device.platform}: {device.device_kind}",
     "jax": jax.__version__,
-    "seed": c.seed,
+    "seed": config.get("seed", 0),
     "steps": int(state.step),
     "wall_seconds": ledger.wall_seconds,
-    "dense": {"params": dense_cost.params, "macs": dense_cost.macs},
+    "dense": {"params": dense.params, "macs": dense.macs},
     "final": {
       "params": final_cost.params,
       "macs": final_cost.macs,
       "bytes": final_cost.bytes,
-      "metrics": test,
-      "val_metrics": val,
+      "metrics": metrics["test"],
+      "val_metrics": metrics["val"],
     },
     "layers": rows,
     "train": {

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import struct
 
 from maestro import lowrank, trees
 from maestro.training import losses, optim
-from maestro.training.config import Config
 
 
 @struct.dataclass
@@ -43,8 +43,16 @@ def zero_metrics(loss: str) -> dict[str, jax.Array]:
   return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
-def new_state(c: Config, tx, params, batch_stats, ranks) -> TrainState:
-  _, key = jax.random.split(jax.random.key(c.seed))
+def new_state(
+  seed: int,
+  loss: str,
+  tx: optax.GradientTransformation,
+  params: trees.Tree,
+  batch_stats: trees.Tree,
+  ranks: trees.Tree,
+) -> TrainState:
+  """Returns the state at step 0."""
+  _, key = jax.random.split(jax.random.key(seed))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -52,7 +60,7 @@ def new_state(c: Config, tx, params, batch_stats, ranks) -> TrainState:
     opt_state=tx.init(params),
     ranks=ranks,
     key=jax.random.key_data(key),
-    metrics=zero_metrics(c.loss),
+    metrics=zero_metrics(loss),
   )
 
 
@@ -92,16 +100,17 @@ def at_ranks(state: TrainState, ranks: Any) -> TrainState:
   )
 
 
-def truncate_state(c: Config, tx, state: TrainState) -> TrainState:
+def truncate_state(
+  tx: optax.GradientTransformation, state: TrainState, multiple_of: int
+) -> TrainState:
   """Cuts parameters and optimizer state to the current ranks."""
   if not state.ranks:
     return state
   ranks = jax.device_get(state.ranks)
-  multiple = c.truncate.multiple_of
   return state.replace(
-    params=lowrank.truncate(state.params, ranks, multiple),
+    params=lowrank.truncate(state.params, ranks, multiple_of),
     opt_state=optim.truncate(
-      tx, state.opt_state, state.params, ranks, multiple
+      tx, state.opt_state, state.params, ranks, multiple_of
     ),
   )
 
@@ -124,6 +133,15 @@ def variables_of(state: TrainState) -> dict[str, Any]:
   if state.batch_stats:
     variables["batch_stats"] = state.batch_stats
   return variables
+
+
+def reset_metrics(state: TrainState) -> TrainState:
+  """Begins a new window of training metrics."""
+  zeros = {
+    name: jax.device_put(np.zeros((), np.float32), x.sharding)
+    for name, x in state.metrics.items()
+  }
+  return state.replace(metrics=zeros)
 
 
 def means(sums: Mapping[str, jax.Array]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from maestro.cost.count import count_cost
 from maestro.models import MODELS
 from maestro.runs import metrics
 from maestro.training import optim
-from maestro.training.config import parse, parse_rules
+from maestro.training.config import parse
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = {
@@ -53,9 +53,7 @@ def test_the_networks_are_those_of_the_paper(name):
     assert (cost.params, cost.macs) == CONFIGS[name]
     # All layers are decomposed, first convolution and classifier included.
     factored = jax.eval_shape(
-      lambda p, layers=layers, c=c: lowrank.decompose(
-        p, parse_rules(c.rules), layers
-      ),
+      lambda p, layers=layers, c=c: lowrank.decompose(p, c.rules, layers),
       params,
     )
     assert set(trees.factored(factored)) == set(layers)

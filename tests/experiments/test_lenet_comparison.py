@@ -4,7 +4,7 @@ import pytest
 
 from experiments import lenet_comparison
 from maestro.methods.table import METHODS
-from maestro.training import bind as pieces
+from maestro.training import build
 from maestro.training.config import parse
 
 
@@ -24,10 +24,10 @@ def test_every_method_has_its_rows_and_they_share_all_but_the_method():
   for name, percent in rows:
     config = lenet_comparison.get_config(f"{name},{percent}").to_dict()
     c = parse(config)
-    pieces.check(c)
-    assert c.pieces.name == name and c.epochs == 10
+    build.check(c)
+    assert c.method.name == name and c.epochs == 10
     budget = None if percent == 100 else f"macs:{percent / 100}"
-    assert c.pieces.budget == budget
+    assert c.method.budget == budget
     configs.append({k: v for k, v in config.items() if k != "method"})
   assert all(c == configs[0] for c in configs)
 

@@ -8,7 +8,7 @@ import pytest
 from maestro.errors import UserError
 from maestro.lowrank import Rule
 from maestro.schema import ConfigError, bind, choose
-from maestro.training.config import Config, FullPass, Phase, parse, parse_rules
+from maestro.training.config import Config, FullPass, Phase, parse
 
 
 def function(
@@ -178,8 +178,9 @@ def test_a_section_of_none_is_refused_with_its_key():
 
 
 def test_rules_are_parsed_in_order():
-  found = parse_rules([{"path": "a", "decompose": False}, {"rank": 3}])
-  assert found == [Rule("a", decompose=False), Rule(rank=3)]
+  sections = [{"path": "a", "decompose": False}, {"rank": 3}]
+  found = parse(MINIMAL | {"rules": sections}).rules
+  assert found == (Rule("a", decompose=False), Rule(rank=3))
 
 
 @pytest.mark.parametrize(
@@ -188,4 +189,4 @@ def test_rules_are_parsed_in_order():
 )
 def test_a_bad_rule_is_named_by_its_index(section, key):
   with pytest.raises(ConfigError, match=rf"config.rules\[1\].{key}"):
-    parse_rules([{"path": "a"}, section])
+    parse(MINIMAL | {"rules": [{"path": "a"}, section]})

@@ -19,7 +19,7 @@ import pytest
 from maestro import data as data_lib
 from maestro import trees
 from maestro.errors import Interrupted, UserError
-from maestro.report import figures, tables
+from maestro.report import figures
 from maestro.runs import checkpoint, metrics
 from maestro.training import build
 from maestro.training import loop as train
@@ -201,12 +201,12 @@ def test_a_killed_run_resumes_bit_identically(
     "save": (checkpoint.Checkpoints, "save"),
     "write": (metrics.Writer, "write"),
     "cut": (train, "truncate_state"),
-    "results": (tables, "layer_table"),
+    "results": (train, "layer_table"),
   }[point]
   if point == "results":
     owner, name, at = train, "results_of", 1
     if when == "after":
-      owner, name = tables, "layer_table"
+      owner, name = train, "layer_table"
   original, count = getattr(owner, name), 0
 
   def hooked(*args, **kwargs):
@@ -284,7 +284,7 @@ def test_sigkill_at_any_time_loses_nothing_that_was_saved(
 def test_sigterm_within_an_epoch_saves_and_resumes_bit_identically(
   tmp_path, reference, monkeypatch
 ):
-  make, count = train.make_dispatch, 0
+  make, count = build.make_dispatch, 0
 
   def hooked(step, steps):
     dispatch = make(step, steps)
@@ -299,7 +299,7 @@ def test_sigterm_within_an_epoch_saves_and_resumes_bit_identically(
     return call
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "make_dispatch", hooked)
+    patch.setattr(build, "make_dispatch", hooked)
     with pytest.raises(Interrupted, match="step 11 of 48"):
       train.train(config(), tmp_path / "run")
   arrays, _ = state_of(tmp_path / "run")
@@ -387,9 +387,9 @@ def test_what_is_dead_is_zero_in_the_reference(reference):
 def test_a_cut_changes_no_evaluation(tmp_path, monkeypatch):
   original, pairs = state_lib.truncate_state, []
 
-  def spy(c, tx, state):
+  def spy(tx, state, multiple_of):
     before = jax.device_get((state.params, state.ranks))
-    state = original(c, tx, state)
+    state = original(tx, state, multiple_of)
     pairs.append((*before, jax.device_get(state.params)))
     return state
 

@@ -1,0 +1,387 @@
+"""From a method's names to what the training loop calls: functions, numbers.
+
+To add a method, add a function to the pieces if it needs a new one, and name
+the pieces in `maestro.methods.table.METHODS`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from maestro import lowrank, schema, trees
+from maestro.cost.budget import fit_budget, parse_budget
+from maestro.cost.count import Cost
+from maestro.lowrank import Rule
+from maestro.methods import calibrate, freeze, prox
+from maestro.methods.decomposers import DECOMPOSERS, SUPPLIED
+from maestro.methods.penalties import PENALTIES, SHRINKERS
+from maestro.methods.project import project, spectra
+from maestro.methods.rank_rules import RANK_RULES, SWITCHES, stable_ranks
+from maestro.methods.table import Method
+from maestro.sampling import SAMPLERS
+from maestro.schema import ConfigError
+from maestro.trees import Layers, Tree
+
+Penalty = Callable[[Tree, Tree], jax.Array]  # (params, ranks) -> scalar
+Profile = Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bound:
+  """A method in one run; the loop calls these fields and knows no names.
+
+  Attributes:
+    decompose_at: "start", "settle", "end" or None.
+    decompose: (params, batch_stats) -> (params with factors, their ranks).
+    choose_ranks: dense params -> {path: rank}, what `decompose` takes.
+    samplers: {phase: (key, ranks) -> ranks of a step}.
+    lams: {phase: weight of the penalty}.
+    lam_key: where lam is set, and what it is, for messages.
+    penalty: in the loss; None without one there.
+    step_penalty: of the proximal step, which no loss has; None without one.
+    optimizer: (optax optimizer, schedule, discover steps) -> optax optimizer
+      with the proximal step and what is frozen.
+    shrink: (params, ranks) -> ranks after an epoch; None if ranks stay.
+    threshold: below which `shrink` removes components; None if it has none.
+    fit: discovered ranks -> ranks within the budget.
+    project: (dense params, step along the nuclear norm) -> params; None.
+    project_every: steps from one projection to the next; None.
+    project_lams: {phase: weight of the nuclear norm in a projection}.
+    stable_ranks: dense params -> {path: stable rank}; None without a switch.
+    switches: (stable ranks of the last epoch, of this one) -> bool, whether
+      they end discover.
+  """
+
+  decompose_at: str | None
+  decompose: Callable[[Tree, Tree], tuple[dict, dict]]
+  choose_ranks: Callable[[Tree], Profile]
+  samplers: Mapping[str, Callable]
+  lams: Mapping[str, float]
+  lam_key: str
+  penalty: Penalty | None
+  step_penalty: Penalty | None
+  optimizer: Callable[..., optax.GradientTransformation]
+  shrink: Callable[[Tree, Tree], Tree] | None
+  threshold: float | None
+  fit: Callable[[Tree], Tree]
+  project: Callable[[Tree, float], Tree] | None
+  project_every: int | None
+  project_lams: Mapping[str, float]
+  stable_ranks: Callable[[Tree], dict[str, float]] | None
+  switches: Callable[[Mapping, Mapping], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What the rest of a config says to a method.
+
+  Attributes:
+    rules: which layers are decomposed.
+    samplers: {phase: section of its sampler}.
+    lams: {phase: weight of the penalty}, unless the method has its own.
+    lasso: "hierarchical" or "flat".
+    threshold: below which components are removed.
+    momentum: of the optimizer.
+  """
+
+  rules: Sequence[Rule]
+  samplers: Mapping[str, Mapping]
+  lams: Mapping[str, float]
+  lasso: str
+  threshold: float
+  momentum: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+  """The network that a method works on.
+
+  Attributes:
+    model: the Flax module.
+    layers: of the model.
+    dense: cost of the dense network.
+    initial: returns the random dense parameters of the run's seed.
+    batches: (how many examples) -> batches of preprocessed training examples.
+    key: of random factors.
+  """
+
+  model: Any
+  layers: Layers
+  dense: Cost
+  initial: Callable[[], Tree]
+  batches: Callable[[int], Iterable[jax.Array]]
+  key: jax.Array
+
+
+# ---------------------------------------------------------------------------
+# Pieces by name
+# ---------------------------------------------------------------------------
+
+
+def _decomposer(m: Method) -> Callable:
+  return schema.make(
+    DECOMPOSERS, m.decomposer, "config.method.decomposer", SUPPLIED
+  )
+
+
+def _rank_rule(m: Method) -> Callable:
+  given = ("now", "limits", "initial")
+  return schema.make(RANK_RULES, m.ranks, "config.method.ranks", given)
+
+
+def _switch(m: Method) -> Callable:
+  if m.switch is None:
+    return lambda before, now: False
+  given = ("before", "now")
+  return schema.make(SWITCHES, m.switch, "config.method.switch", given)
+
+
+def _every_steps(m: Method) -> int | None:
+  def options(*, every_steps: schema.Count) -> int:
+    return every_steps
+
+  if m.project is None:
+    return None
+  return options(**schema.bind(options, m.project, "config.method.project"))
+
+
+def sampler(section: Mapping[str, Any], where: str) -> Callable:
+  """Builds the ranks' sampler from a section at a path of the config."""
+  chosen = schema.make(SAMPLERS, section, where, ("key", "ranks"))
+  try:  # a wrong value shows now, not within the first step
+    chosen(jax.random.key(0), {"rank": jnp.ones((), jnp.int32)})
+  except ValueError as error:
+    raise ConfigError(f"{where}: {error}") from error
+  return chosen
+
+
+def stored(key: jax.Array, ranks: Tree) -> Tree:
+  """Names no rank: layers multiply their factors as they are stored."""
+  del key, ranks
+  return {}
+
+
+def _samplers(m: Method, sections: Mapping[str, Mapping]) -> dict:
+  phases = {  # checked even if they are not used
+    phase: sampler(section, f"config.{phase}.sampler")
+    for phase, section in sections.items()
+  }
+  if m.sampler is None:
+    return dict.fromkeys(phases, stored)
+  if m.sampler.get("name") != "phase":
+    own = sampler(m.sampler, "config.method.sampler")
+    return dict.fromkeys(phases, own)
+  if options := sorted(m.sampler.keys() - {"name"}):
+    raise ConfigError(
+      f"config.method.sampler.{options[0]}: 'phase' has no options; set"
+      " config.discover.sampler and config.settle.sampler"
+    )
+  return phases
+
+
+def check(m: Method, settings: Settings) -> None:
+  """Builds all pieces by name, so that wrong ones fail before data is read.
+
+  Raises:
+    ConfigError: names the key.
+  """
+  _decomposer(m), _rank_rule(m), _switch(m), _every_steps(m)
+  _samplers(m, settings.samplers)
+  for key, table in (("shrink", SHRINKERS), ("penalty", PENALTIES)):
+    if getattr(m, key) is not None:
+      schema.check_name(getattr(m, key), table, f"config.method.{key}")
+  if m.budget is not None:
+    parse_budget(m.budget)
+    if m.decompose is None or m.decomposer["name"] == "adapter":
+      raise ConfigError(
+        "config.method.budget: this method ends with dense kernels, so that it"
+        " cannot meet one; remove it"
+      )
+  if m.proximal and m.penalty != "group_lasso":
+    raise ConfigError(
+      'config.method.proximal: only penalty="group_lasso" has an exact step'
+    )
+
+
+# ---------------------------------------------------------------------------
+# A method in a run
+# ---------------------------------------------------------------------------
+
+
+def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
+  """Binds a method's pieces to a run.
+
+  Raises:
+    ConfigError: names the key of a piece that does not fit.
+    LowRankError: config.rules do not fit the layers.
+  """
+  check(m, settings)
+  layers, lasso = subject.layers, settings.lasso
+  lams, step_lams = weights(m, settings)
+  key = "config.discover.lam" if m.lam is None else "config.method.lam"
+  penalty = step_penalty = shrink = None
+  if m.proximal:
+    lasso_now = functools.partial(lowrank.group_lasso, kind=lasso)
+    step_penalty = jax.jit(lasso_now)
+  elif m.penalty is not None:
+    penalty = functools.partial(PENALTIES[m.penalty], kind=lasso)
+  if m.shrink is not None:
+    shrink = _shrinker(m.shrink, settings.threshold)
+  ranks = _Ranks(m, settings.rules if m.decompose else (), subject)
+  return Bound(
+    decompose_at=m.decompose,
+    decompose=functools.partial(_decompose, m, ranks, subject),
+    choose_ranks=ranks.choose,
+    samplers=_samplers(m, settings.samplers),
+    lams=lams,
+    lam_key=f"{key} (now {lams['discover']:g})",
+    penalty=penalty,
+    step_penalty=step_penalty,
+    optimizer=functools.partial(wrap_optimizer, m, lasso, step_lams, layers),
+    shrink=shrink,
+    threshold=settings.threshold if m.shrink == "threshold" else None,
+    fit=ranks.fit_found,
+    project=None if m.project is None else ranks.project,
+    project_every=_every_steps(m),
+    project_lams=step_lams,
+    stable_ranks=None if m.switch is None else ranks.stable_ranks,
+    switches=_switch(m),
+  )
+
+
+@functools.cache  # one function, so that what is compiled for it is found
+def _shrinker(name: str, threshold: float) -> Callable:
+  return functools.partial(SHRINKERS[name], threshold=threshold)
+
+
+def weights(m: Method, s: Settings) -> tuple[dict[str, float], ...]:
+  """Returns {phase: lam} for a penalty in the loss, and for one in a step.
+
+  Momentum mu multiplies what gradients do by 1 / (1 - mu), so that lam means
+  the same in a step after the optimizer's as in the loss.
+  """
+  lams = dict(s.lams) if m.lam is None else dict.fromkeys(s.lams, m.lam)
+  return lams, {p: lam / (1 - s.momentum) for p, lam in lams.items()}
+
+
+def wrap_optimizer(
+  m: Method,
+  lasso: str,
+  lams: Mapping[str, float],
+  layers: Layers | None,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  discover_steps: int,
+) -> optax.GradientTransformation:
+  """Adds the method's proximal step and freezing to an optimizer.
+
+  Args:
+    m: the method.
+    lasso: kind of the group lasso.
+    lams: its weight in each phase.
+    layers: as in `prox.proximal`.
+    tx: the optimizer.
+    schedule: of its learning rate.
+    discover_steps: where the weight of the penalty changes.
+  """
+  if m.proximal:
+    lam = optax.join_schedules(
+      [optax.constant_schedule(lams[p]) for p in ("discover", "settle")],
+      [discover_steps],
+    )
+    step = prox.proximal(
+      lambda count: schedule(count) * lam(count),
+      1.0,
+      kind=lasso,
+      layers=layers,
+    )
+    tx = optax.chain(tx, step)
+  return freeze.freeze_base(tx) if m.trainable == "factors" else tx
+
+
+def _decompose(
+  m: Method, ranks: "_Ranks", s: Subject, params: Tree, batch_stats: Tree
+) -> tuple[dict, dict]:
+  """Turns dense parameters into (params with factors, their ranks)."""
+  chosen = ranks.choose(params)
+  rules = [Rule(re.escape(path), rank) for path, rank in chosen.items()]
+
+  def moments(examples: int) -> dict[str, jax.Array]:
+    variables = {"params": params}
+    if batch_stats:
+      variables["batch_stats"] = batch_stats
+    selected = {path: s.layers[path] for path in ranks.limits}
+    batches = s.batches(examples)
+    return calibrate.second_moments(
+      s.model, variables, batches, selected, train=False
+    )
+
+  factored = _decomposer(m)(params, rules, s.layers, moments=moments, key=s.key)
+  return factored, lowrank.full_ranks(factored, s.layers)
+
+
+class _Ranks:
+  """The ranks that a rule and a budget give to the layers under config.rules.
+
+  Attributes:
+    limits: {path: largest rank}; {} if the method never decomposes.
+  """
+
+  def __init__(self, m: Method, rules: Sequence[Rule], subject: Subject):
+    self._m, self._s, self._rule = m, subject, _rank_rule(m)
+    chosen = lowrank.resolve(rules, subject.layers)
+    self.limits = {path: r for path, r in chosen.items() if r is not None}
+    if m.budget is not None:  # one that cannot be met shows now
+      self._fit(dict.fromkeys(self.limits, 1), dict.fromkeys(self.limits, 1))
+
+  def _spectra(self, params: Tree) -> dict[str, np.ndarray]:
+    return spectra(params, self._s.layers, self.limits)
+
+  @functools.cached_property
+  def _initial_spectra(self) -> dict[str, np.ndarray]:
+    return self._spectra(self._s.initial())
+
+  def choose(self, params: Tree) -> dict[str, int]:
+    """Applies the rank rule, and the budget, to dense parameters."""
+    return self._choose(functools.cache(lambda: self._spectra(params)))
+
+  def _choose(self, now: Callable) -> dict[str, int]:
+    profile = self._rule(now, self.limits, lambda: self._initial_spectra)
+    if self._m.budget is None or self._m.fits_later:
+      return {
+        path: min(max(math.ceil(r), 1), self.limits[path])
+        for path, r in profile.items()
+      }
+    return {path: int(r) for path, r in self._fit(profile, self.limits).items()}
+
+  def _fit(self, profile: Mapping, limits: Mapping) -> dict[str, np.ndarray]:
+    s, budget = self._s, self._m.budget
+    return fit_budget(profile, limits, s.layers, budget, s.dense)
+
+  def fit_found(self, ranks: Tree) -> Tree:
+    """Lowers discovered ranks to the budget; without one, leaves them."""
+    if self._m.budget is None or not self._m.fits_later or not ranks:
+      return ranks
+    flat = trees.flatten_ranks(jax.device_get(ranks))
+    fitted = self._fit(flat, flat)
+    return trees.unflatten_ranks(
+      {path: jnp.asarray(r, jnp.int32) for path, r in fitted.items()}
+    )
+
+  def project(self, params: Tree, t: float) -> Tree:
+    """Cuts dense kernels to the rule's ranks: see `project.project`."""
+    if not self.limits:
+      return params
+    return project(params, self._s.layers, self.limits, self._choose, t)
+
+  def stable_ranks(self, params: Tree) -> dict[str, float]:
+    """Stable ranks of dense kernels."""
+    return stable_ranks(self._spectra(params))

@@ -1,0 +1,171 @@
+"""One epoch of steps: dispatched ahead, read one dispatch late, checked."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from maestro.cost.count import count_cost
+from maestro.errors import UserError
+from maestro.parallel.mesh import replicate
+from maestro.runs.checkpoint import Checkpoints
+from maestro.runs.metrics import Writer
+from maestro.training.build import Training
+from maestro.training.results import Ledger, rank_text
+from maestro.training.state import TrainState, form_of, means, reset_metrics
+
+
+class TrainingError(UserError):
+  """Training cannot go on; says where it stopped and what can be resumed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+  """What became of an epoch's steps.
+
+  Attributes:
+    loss: of the last step.
+    step: after the last step.
+    whole: whether all of its steps were made.
+    examples_per_second: of its steps.
+  """
+
+  loss: float
+  step: int
+  whole: bool
+  examples_per_second: float
+
+
+def run_epoch(
+  t: Training,
+  state: TrainState,
+  arrays: Mapping[str, jax.Array],
+  ledger: Ledger,
+  epoch: int,
+  *,
+  writer: Writer,
+  checkpoints: Checkpoints,
+  stop_asked: Callable[[], bool],
+) -> tuple[TrainState, Epoch]:
+  """Makes the steps of an epoch that are left.
+
+  Args:
+    t: the run.
+    state: donated.
+    arrays: inputs and targets of the training split, on the devices.
+    ledger: gets what the steps cost.
+    epoch: from 0.
+    writer: of the metrics.
+    checkpoints: to name the last good one.
+    stop_asked: true once the run is to stop after the current dispatch.
+
+  Raises:
+    TrainingError: a loss is not finite.
+  """
+  name, method = ledger.phase(epoch), t.method
+  schedule, _ = t.optimizer(ledger.discover_epochs)
+  macs = count_cost(t.layers, state.params).macs
+  form, ranks = form_of(state.params), jax.device_get(state.ranks)
+  data = dict(arrays) | {"order": replicate(t.order(epoch), t.mesh)}
+  step = first = int(state.step)
+  end, started = (epoch + 1) * t.steps_per_epoch, time.monotonic()
+
+  def read(step: int, losses: jax.Array, window: Mapping | None) -> float:
+    """Reads a dispatch that ended at a step; the device is at the next one."""
+    loss = _finite(losses, step, checkpoints)
+    seconds = time.monotonic() - started
+    writer.progress(
+      step,
+      f"epoch {epoch + 1}/{t.epochs} {name} loss {loss:.3f}{rank_text(ranks)}",
+      examples_per_second=(step - first) * t.batch_size / seconds,
+    )
+    if window is not None:
+      rate = {"learning_rate": float(schedule(step - 1))}
+      writer.write(step, epoch + 1, means(window) | rate)
+    return loss
+
+  unread, loss = None, float("nan")
+  while step < end and not (stop_asked() and step > first):
+    n = _until(step, end, t)
+    ledger.compiles(f"{name}, {n} steps, {form}")
+    program = t.program(name, ledger.discover_epochs, n)
+    state, losses = program(state, data)
+    step += n
+    if method.project and every(step, method.project_every) and not state.ranks:
+      size = (method.project_every or 1) * float(schedule(step - 1))
+      size *= method.project_lams[name]
+      params = method.project(state.params, size)
+      state = state.replace(params=replicate(params, t.mesh))
+    # One dispatch late, so that the device never waits for the host.
+    if unread is not None:
+      loss = read(*unread)
+    window = None
+    if every(step, t.log_every_steps) and step < end:
+      window, state = state.metrics, reset_metrics(state)
+    unread = step, losses, window
+  if unread is not None:
+    loss = read(*unread)
+  seconds, examples = time.monotonic() - started, (step - first) * t.batch_size
+  ledger.macs += t.macs_per_example * examples * macs
+  ledger.examples += examples
+  ledger.train_seconds += seconds
+  return state, Epoch(loss, step, step == end, examples / max(seconds, 1e-9))
+
+
+def every(step: int, n: int | None) -> bool:
+  """True at steps (or epochs) n, 2n, ...; never if n is None."""
+  return n is not None and step % n == 0
+
+
+def _until(step: int, end: int, t: Training) -> int:
+  """Steps of the next dispatch: up to the next thing that the host does."""
+  n = min(t.steps_per_dispatch, end - step)
+  for period in (t.log_every_steps, t.method.project_every):
+    n = min(n, period - step % period) if period else n
+  return n
+
+
+# ---------------------------------------------------------------------------
+# Numbers that are not finite
+# ---------------------------------------------------------------------------
+
+_REMEDY = (
+  "lower the learning rate (config.discover.schedule.learning_rate) or lambda"
+  " (config.discover.lam), or set config.optimizer.clip_norm, in a new workdir"
+)
+
+
+def _finite(losses: jax.Array, step: int, checkpoints: Checkpoints) -> float:
+  """Returns the last of a dispatch's losses; `step` is the step after it."""
+  values = np.asarray(losses)
+  bad = np.flatnonzero(~np.isfinite(values))
+  if bad.size:
+    at = step - len(values) + int(bad[0])
+    raise TrainingError(
+      f"loss is {values[bad[0]]} at step {at}; stopped."
+      f" {_last_good(checkpoints)}; {_REMEDY}"
+    )
+  return float(values[-1])
+
+
+def check_finite(
+  record: Mapping[str, float], step: int, checkpoints: Checkpoints
+) -> None:
+  """Raises TrainingError if a metric is NaN or infinite."""
+  for key, value in record.items():
+    if not np.isfinite(value):
+      raise TrainingError(
+        f"{key} is {value} at step {step}; stopped."
+        f" {_last_good(checkpoints)}; {_REMEDY}"
+      )
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
+  if checkpoints.latest is None:
+    return "there is no checkpoint yet"
+  return (
+    f"the last good checkpoint is step {checkpoints.latest} in"
+    f" {checkpoints.directory}"
+  )
