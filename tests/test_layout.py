@@ -80,7 +80,7 @@ def _refused(path, names):
 
 # The rooms of maestro/, from the ground up; commands stand above all of them.
 ROOMS = (
-  *("errors", "trees", "lowrank", "sampling", "schema", "ops", "nn"),
+  *("errors", "streams", "trees", "lowrank", "sampling", "schema", "ops", "nn"),
   *("introspect", "models", "data", "cost", "methods", "parallel", "runs"),
   *("report", "training", "deploy"),
 )

@@ -12,11 +12,21 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from maestro import streams
 from maestro.data import digits, image, synthetic
 from maestro.data.dataset import DataError, Dataset, Split
 
-__all__ = ["DATASETS", "DataError", "Dataset", "Split", "epoch_order", "make"]
+__all__ = [
+  "DATASETS",
+  "DataError",
+  "Dataset",
+  "Split",
+  "choice",
+  "epoch_order",
+  "make",
+]
 DATASETS = {
   "cifar10": image.cifar10,
   "digits": digits.load,
@@ -68,9 +78,14 @@ def epoch_order(
   A pure function of (seed, epoch), so that every host and every resumed run
   sees the same order. Only `size` has to be static under `jit`.
   """
-  # The generator is named, so that a global JAX option cannot change the order.
-  key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), epoch)
+  key = streams.order(seed, epoch)
   return jax.random.permutation(key, jnp.arange(size, dtype=jnp.int32))
+
+
+def choice(seed: int, size: int) -> np.ndarray:
+  """Returns a permutation [size] to choose examples by, of no epoch's order."""
+  key = streams.stream(seed, "choice")
+  return np.asarray(jax.random.permutation(key, size))
 
 
 def _did_you_mean(word, known):

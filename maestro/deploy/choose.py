@@ -98,8 +98,7 @@ def make_losses(
   split = dataset.train
   size = min(options.batch, len(split))
   now = budget_lib.current(run.layers, run.params, run.ranks)
-  order = data_lib.epoch_order(options.seed, 0, len(split))
-  chosen = jax.device_get(order)[:size]
+  chosen = data_lib.choice(options.seed, len(split))[:size]
   inputs, targets = split.inputs[chosen], split.targets[chosen]
   function = losses_lib.LOSSES[run.config.loss]
   params = jax.device_put(run.params)

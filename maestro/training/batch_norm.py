@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from maestro import introspect as nn
-from maestro.data import Split, epoch_order
+from maestro import streams
+from maestro.data import Split, choice
 from maestro.parallel.mesh import Mesh, split_batch
 
 
@@ -42,7 +43,7 @@ def make_recalibrate(
   @jax.jit
   def add_batch(stats, variables, x, k):
     key_image, key_dropout = jax.random.split(
-      jax.random.fold_in(jax.random.key(0), k)
+      streams.stream(0, "statistics", k)
     )
     x = preprocess(split_batch(x, mesh), key_image)
     with nn.batch_statistics():
@@ -60,7 +61,7 @@ def make_recalibrate(
 
   def recalibrate(variables: Any, split: Split) -> Any:
     n = len(split) if examples is None else min(examples, len(split))
-    order = jax.device_get(epoch_order(0, 0, len(split)))
+    order = choice(0, len(split))
     stats = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
     for k in range(max(n // batch_size, 1)):
       batch = order[k * batch_size : (k + 1) * batch_size]

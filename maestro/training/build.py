@@ -14,7 +14,7 @@ import optax
 
 from maestro import data as data_lib
 from maestro import introspect as nn
-from maestro import lowrank, trees
+from maestro import lowrank, streams, trees
 from maestro.cost.count import Cost, count_cost
 from maestro.errors import UserError
 from maestro.methods import bind as methods
@@ -231,8 +231,7 @@ def make_training(c: Config) -> Training:
       dense=dense,
       initial=lambda: random()[0],
       batches=functools.partial(_batches, dataset),
-      # Another stream than those of initial weights and of steps.
-      key=jax.random.fold_in(jax.random.key(c.seed), 2),
+      key=streams.stream(c.seed, "factors"),
     ),
   )
 
@@ -338,7 +337,7 @@ def _dispatch_size(steps_per_epoch: int) -> int:
 def _batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
   """Preprocesses a fixed choice of training examples."""
   split = dataset.train
-  order = np.asarray(data_lib.epoch_order(0, 0, len(split)))[:examples]
+  order = data_lib.choice(0, len(split))[:examples]
   for start in range(0, len(order), 256):
     x = split.inputs[np.sort(order[start : start + 256])]
     yield dataset.preprocess(jnp.asarray(x))
@@ -346,7 +345,7 @@ def _batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
 
 def _random(seed: int, model: Any, example) -> tuple[Tree, Tree]:
   """Returns random dense params, and batch_stats, of the run's seed."""
-  key, _ = jax.random.split(jax.random.key(seed))
+  key = streams.stream(seed, "initial")
   inputs = jnp.zeros(example.shape, example.dtype)
   variables = jax.jit(model.init)(key, inputs)
   return variables["params"], variables.get("batch_stats", {})

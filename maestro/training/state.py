@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from maestro import lowrank, trees
+from maestro import lowrank, streams, trees
 from maestro.training import losses, optim
 
 
@@ -52,14 +52,13 @@ def new_state(
   ranks: trees.Tree,
 ) -> TrainState:
   """Returns the state at step 0."""
-  _, key = jax.random.split(jax.random.key(seed))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     batch_stats=batch_stats,
     opt_state=tx.init(params),
     ranks=ranks,
-    key=jax.random.key_data(key),
+    key=jax.random.key_data(streams.stream(seed, "steps")),
     metrics=zero_metrics(loss),
   )
 

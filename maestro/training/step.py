@@ -58,7 +58,8 @@ def make_step(
     return y, updates["batch_stats"]
 
   def step(state: TrainState, data: Data) -> tuple[TrainState, jax.Array]:
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+    key = jax.random.fold_in(key, state.step)
     key_rank, key_image, key_dropout = jax.random.split(key, 3)
     start = (state.step % steps_per_epoch) * batch_size
     batch = jax.lax.dynamic_slice_in_dim(data["order"], start, batch_size)

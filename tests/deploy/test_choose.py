@@ -416,7 +416,7 @@ def test_losses_are_those_of_the_masked_network(run, dataset):
   options = allocate.Options(batch=600, seed=1)
   loss, quarter = allocate.make_losses(run, dataset, options)
   profile = {"fc1": 3, "fc2": 16, "fc3": 4}
-  chosen = data.epoch_order(1, 0, len(dataset.train))
+  chosen = data.choice(1, len(dataset.train))
   tree = trees.unflatten_ranks(jax.tree.map(np.int32, profile))
   for n, value in ((600, loss(profile)), (150, quarter(profile))):
     x = dataset.train.inputs[np.asarray(chosen[:n])]

@@ -18,7 +18,7 @@ import pytest
 
 import maestro
 from maestro import data as data_lib
-from maestro import introspect, lowrank, nn, trees
+from maestro import introspect, lowrank, nn, streams, trees
 from maestro.cost import budget
 from maestro.cost import count as cost
 from maestro.data import image
@@ -248,7 +248,7 @@ def test_data_svd_projects_on_what_training_examples_make(tmp_path, dense):
   train.train(config(method), tmp_path)
   params, kernels = saved(tmp_path)[0], saved(dense)[0]
   dataset, _, _ = problem()
-  order = np.asarray(data_lib.epoch_order(0, 0, len(dataset.train)))[:99]
+  order = data_lib.choice(0, len(dataset.train))[:99]
   x = np.asarray(dataset.preprocess(dataset.train.inputs[order]))
   x = x.reshape(99, -1)
   for path, shape in SHAPES.items():
@@ -360,7 +360,7 @@ def test_stable_ranks_are_measured_from_a_random_start(tmp_path, dense):
     patch.setattr(binding, "bind", record)
     train.train(c, tmp_path)
   model = problem()[1]
-  key, _ = jax.random.split(jax.random.key(0))
+  key = streams.stream(0, "initial")
   wanted = model.init(key, jnp.zeros((1, 64)))["params"]
   for path in SHAPES:
     np.testing.assert_allclose(
