@@ -80,7 +80,8 @@ def resolve(
 
   Raises:
     LowRankError: a rule decides for no layer, is no regular expression, or
-      asks for an impossible rank.
+      asks for an impossible rank, or selects a layer whose kernel the model
+      changes before it uses it.
   """
   patterns = []
   for rule in rules:
@@ -100,6 +101,13 @@ def resolve(
     rule = rules[match]
     if not rule.decompose or spec.full_rank <= 1:
       continue
+    if spec.altered:
+      raise LowRankError(
+        f"layer {path!r}: the model changes its kernel before it multiplies by"
+        " it (as weight standardisation, WeightNorm and SpectralNorm do), which"
+        " would be lost on factors; keep it dense by an earlier rule:"
+        f" Rule({re.escape(path)!r}, decompose=False)"
+      )
     if rule.rank is not None:
       check_rank(rule.rank, spec.full_rank, path)
     chosen[path] = spec.full_rank if rule.rank is None else rule.rank

@@ -21,6 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import module as flax_module
 from flax.linen.linear import canonicalize_padding
 
 from maestro import ops, trees
@@ -42,6 +43,12 @@ def _is_factored(module: nn.Module) -> bool:
 
 def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
   """Reads u, v and the rank (None without a `ranks` collection)."""
+  if type(module).param is not nn.Module.param:
+    raise LowRankError(
+      f"layer {path_of(module)!r}: {type(module).__name__} overrides `param`,"
+      " which factors do not pass through; keep the layer dense by a rule with"
+      " decompose=False"
+    )
   # Not `param`, which would hold truncated factors to the initial shapes.
   u = module.get_variable("params", "u")
   v = module.get_variable("params", "v")
@@ -50,12 +57,32 @@ def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
       f"layer {path_of(module)!r} holds `u` but no `v`; factors come in pairs"
     )
   rank = module.get_variable("ranks", "rank")
-  read = _read.get()
-  if rank is not None and read is not None:
+  if rank is None:
+    _check_not_lost(module)
+    return u, v, None
+  if (read := _read.get()) is not None:
     read.add(path_of(module))
-  if rank is not None:
-    trees.check_rank(rank, u.shape[-1], path_of(module))
+  trees.check_rank(rank, u.shape[-1], path_of(module))
   return u, v, rank
+
+
+def _check_not_lost(module: nn.Module) -> None:
+  """Raises if the model was given a rank that does not reach its layer.
+
+  A lifted transform (scan, vmap, RNN) passes on the collections that it names.
+  """
+  # Flax has no public way from a module within a transform to the one around.
+  for outer in flax_module._context.module_stack:
+    scope = None if outer is None else outer.scope
+    ranks = {} if scope is None else scope.root.variables().get("ranks", {})
+    if "rank" in (trees.get(ranks, path_of(module)) or {}):
+      raise LowRankError(
+        f"layer {path_of(module)!r}: its rank is given, but a transform around"
+        " it (scan, vmap, RNN) does not pass `ranks` on, so it would run at"
+        ' full rank; name it beside the parameters: variable_axes={"params": 0,'
+        ' "ranks": 0} where they are stacked, variable_broadcast=("params",'
+        ' "ranks") where they are shared (as in nn.RNN)'
+      )
 
 
 def _bias(module: Any, kernel: bool) -> Any:

@@ -23,15 +23,18 @@ class LayerSpec:
   """What shapes alone cannot tell of a layer; made by `maestro.layers`.
 
   Attributes:
-    kind: "dense", "conv" or "embed".
+    kind: "dense", "conv", "embed", or "other" for what cannot be factored.
     stack: sizes of the scan axes before the kernel's own axes.
     groups: sizes of the axes over which independent maps are laid: (G,) for a
       grouped convolution, the batch axes of a DenseGeneral, else ().
     inputs: the input axes of one map, e.g. (in,), (kh, kw, in / G), (4, 8).
     outputs: the output axes of one map, e.g. (out,), (out / G,), (4, 8).
     positions: how often one example meets the kernel in a forward pass
-      (output pixels, tokens), for one element of `stack`.
+      (output pixels, tokens), for one element of `stack`; of kind "other" the
+      multiply-accumulates themselves.
     lookups: how many embeddings one example looks up.
+    altered: whether the model changes the kernel before it multiplies by it
+      (standardised or normalised weights), which factors cannot follow.
   """
 
   kind: str
@@ -41,6 +44,7 @@ class LayerSpec:
   groups: tuple[int, ...] = ()
   positions: int = 1
   lookups: int = 0
+  altered: bool = False
 
   @property
   def lead(self) -> tuple[int, ...]:

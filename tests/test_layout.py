@@ -80,8 +80,18 @@ def _refused(path, names):
 
 # The rooms of maestro/, from the ground up; commands stand above all of them.
 ROOMS = (
-  *("errors", "streams", "trees", "lowrank", "sampling", "schema", "ops", "nn"),
-  *("introspect", "models", "data", "cost", "methods", "parallel", "runs"),
+  *("errors", "streams", "trees", "lowrank", "sampling", "schema", "ops"),
+  *(
+    "nn",
+    "products",
+    "introspect",
+    "models",
+    "data",
+    "cost",
+    "methods",
+    "parallel",
+    "runs",
+  ),
   *("report", "training", "deploy"),
 )
 COMMANDS = ("main", "search", "allocate", "export")

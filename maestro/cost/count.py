@@ -1,7 +1,8 @@
 """Parameters, MACs and bytes of a network, per layer and in total.
 
 MACs are multiply-accumulates of convolutions and of products with weights, for
-the forward pass of one example. Look-ups of embeddings, normalisation, biases
+the forward pass of one example; products of activations (attention) are a line
+of their own. Look-ups of embeddings, normalisation, biases
 and activations count 0 (the paper's convention). Parameters count everything
 trainable. Factors count as the two products that they are; above break-even,
 `maestro.ops` multiplies them out first and spends little more than a kernel.
@@ -99,13 +100,15 @@ def count_cost(
     n, b = _size(leaf)
     n_total, b_total = n_total + n, b_total + b
   for path, spec in layers.items():
-    node = trees.get(params, path)
+    node = trees.get(params, path) or {}
+    if spec.kind == "other":  # it may hold layers, which have rows of their own
+      node = {k: x for k, x in node.items() if not isinstance(x, Mapping)}
     n = b = 0
     for leaf in jax.tree.leaves(node):
       size, size_bytes = _size(leaf)
       n, b = n + size, b + size_bytes
     macs, rank, live = 0, None, None
-    if spec.weight in node:
+    if spec.weight in node or spec.kind == "other":
       macs += layer_macs(spec, None)
     if "u" in node and "v" in node:
       stored = node["u"].shape[-1]
