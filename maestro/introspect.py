@@ -198,6 +198,7 @@ def layers(model: nn.Module, *inputs: Any, **kwargs: Any):
   variables = jax.eval_shape(
     lambda args: model.init(jax.random.key(0), *args, **kwargs), inputs
   )
+  variables = flax.core.meta.unbox(variables)
   given = jax.tree.map(_abstract, (inputs, kwargs))
   arrays = jax.tree.leaves(inputs)
   n = arrays[0].shape[0] if arrays and getattr(arrays[0], "ndim", 0) else 1

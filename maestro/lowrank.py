@@ -36,20 +36,24 @@ from maestro.trees import (
   LayerSpec,
   LowRankError,
   Tree,
+  boxed,
   check_factors,
   check_rank,
   component_axes,
+  factor_names,
   factored,
   find_lead,
   flatten_ranks,
   get,
   is_factored,
   is_traced,
+  kernel_names,
   mask_factor,
   paired,
   replace,
   to_kernel,
   to_matrix,
+  unboxed,
   unflatten_ranks,
 )
 
@@ -177,7 +181,9 @@ def decompose(
     if rank is None:
       continue
     spec, node = layers[path], get(params, path)
-    kernel = node.get(spec.weight) if isinstance(node, Mapping) else None
+    box = node.get(spec.weight) if isinstance(node, Mapping) else None
+    node = unboxed(node) if isinstance(node, Mapping) else node
+    kernel = None if box is None else node[spec.weight]
     shape = None if kernel is None else jnp.shape(kernel)
     if is_factored(node) or shape != spec.kernel_shape:
       found = "factors" if is_factored(node) else shape
@@ -199,9 +205,14 @@ def decompose(
     )
     v = jnp.where(dead, 0.0, root)[..., :, None] * right[..., :rank, :]
     shape_u, shape_v = spec.factor_shapes(rank)
+    u = u.reshape(shape_u).astype(kernel.dtype)
+    v = v.reshape(shape_v).astype(kernel.dtype)
+    if names := getattr(box, "names", None):
+      names_u, names_v = factor_names(names, spec)
+      u, v = boxed(u, box, names_u), boxed(v, box, names_v)
     changes[path] = {k: x for k, x in node.items() if k != spec.weight} | {
-      "u": u.reshape(shape_u).astype(kernel.dtype),
-      "v": v.reshape(shape_v).astype(kernel.dtype),
+      "u": u,
+      "v": v,
     }
   return replace(params, changes)
 
@@ -265,6 +276,10 @@ def merge(
     kernel = to_kernel(matrix, spec)
     if spec.weight in node:
       kernel = node[spec.weight] + kernel
+    box_u, box_v = (get(params, path)[name] for name in ("u", "v"))
+    if getattr(box_u, "names", None) and spec.weight not in node:
+      names = kernel_names(box_u.names, box_v.names, spec)
+      kernel = boxed(kernel, box_u, names)
     rest = {k: x for k, x in node.items() if k not in ("u", "v", spec.weight)}
     changes[path] = rest | {spec.weight: kernel}
   return replace(params, changes)

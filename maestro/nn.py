@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,7 @@ def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
       " decompose=False"
     )
   # Not `param`, which would hold truncated factors to the initial shapes.
-  u = module.get_variable("params", "u")
-  v = module.get_variable("params", "v")
+  u, v = (_parameter(module, name) for name in ("u", "v"))
   if v is None:
     raise LowRankError(
       f"layer {path_of(module)!r} holds `u` but no `v`; factors come in pairs"
@@ -64,6 +64,10 @@ def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
     read.add(path_of(module))
   trees.check_rank(rank, u.shape[-1], path_of(module))
   return u, v, rank
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+  return flax.core.meta.unbox(module.get_variable("params", name))
 
 
 def _check_not_lost(module: nn.Module) -> None:
@@ -89,7 +93,7 @@ def _bias(module: Any, kernel: bool) -> Any:
   """Bias of a factored layer; the dense part adds it if there is one."""
   if kernel or not module.use_bias:
     return None
-  return module.get_variable("params", "bias")
+  return _parameter(module, "bias")
 
 
 def _refuse(module: Any, *names: str) -> None:

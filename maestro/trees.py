@@ -114,8 +114,9 @@ def _fitting_leads(u: tuple, v: tuple) -> list[tuple[int, ...]]:
 
 def walk(tree: Tree, path: str = "") -> Iterator[tuple[str, Tree]]:
   """Yields (path, node) of every layer that holds factors, in sorted order."""
-  if is_factored(tree):
-    yield path, tree
+  node = unboxed(tree)
+  if is_factored(node):
+    yield path, node
   for name in sorted(tree):
     if isinstance(tree[name], Mapping):
       yield from walk(tree[name], f"{path}/{name}" if path else name)
@@ -144,15 +145,64 @@ def get(tree: Tree, path: str) -> Any:
 
 
 def replace(tree: Tree, changes: Mapping[str, Tree], path: str = "") -> dict:
-  """Copies a nested mapping with the nodes at some paths replaced."""
+  """Copies a nested mapping with the nodes at some paths replaced.
+
+  A leaf that was boxed is boxed again.
+  """
   if path in changes:
-    return dict(changes[path])
+    return {k: boxed(x, tree.get(k)) for k, x in changes[path].items()}
   return {
     name: replace(node, changes, f"{path}/{name}" if path else name)
     if isinstance(node, Mapping)
     else node
     for name, node in tree.items()
   }
+
+
+# ---------------------------------------------------------------------------
+# Boxes: Flax's metadata around a parameter, such as names for its sharding
+# ---------------------------------------------------------------------------
+
+
+def is_boxed(x: Any) -> bool:
+  return hasattr(x, "replace_boxed")
+
+
+def unboxed(node: Tree) -> Tree:
+  """Returns a layer's parameters without the boxes around them."""
+  return {k: x.value if is_boxed(x) else x for k, x in node.items()}
+
+
+def boxed(x: Any, like: Any, names: tuple | None = None) -> Any:
+  """Puts an array into a box like another's, with names of its own axes."""
+  if not is_boxed(like) or is_boxed(x):
+    return x
+  if names is not None and hasattr(like, "names"):
+    return like.replace(value=x, names=names)
+  return like.replace_boxed(x)
+
+
+def factor_names(names: tuple, spec: LayerSpec) -> tuple[tuple, tuple]:
+  """Names the axes of u and v as their kernel's; the rank axis has none."""
+  n = len(spec.inputs)
+  lead, rest = names[: len(spec.stack)], names[len(spec.stack) :]
+  if spec.kind == "conv":
+    lead = (*lead, *(None for _ in spec.groups))
+  else:
+    lead, rest = names[: len(spec.lead)], names[len(spec.lead) :]
+  return (*lead, *rest[:n], None), (*lead, None, *rest[n:])
+
+
+def kernel_names(u: tuple, v: tuple, spec: LayerSpec) -> tuple:
+  """Inverts `factor_names`."""
+  n = len(spec.lead)
+  lead = u[: len(spec.stack)] if spec.kind == "conv" else u[:n]
+  return (*lead, *u[n:-1], *v[n + 1 :])
+
+
+# ---------------------------------------------------------------------------
+# Ranks
+# ---------------------------------------------------------------------------
 
 
 def flatten_ranks(ranks: Tree, path: str = "") -> dict[str, Any]:

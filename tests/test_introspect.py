@@ -1,5 +1,6 @@
 """Reading models: costs by hand, kernels that are changed, ranks not read."""
 
+import flax
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import maestro
-from maestro import introspect, lowrank, nn
+from maestro import introspect, lowrank, nn, trees
 from maestro.cost.count import count_cost
 from maestro.lowrank import Rule
 from maestro.models import MODELS
@@ -327,3 +328,71 @@ def test_a_rank_is_obeyed_or_missed_aloud(make, close):
   close(deaf.apply({"params": params}, x), model.apply({"params": params}, x))
   other = {"params": params, "ranks": {"elsewhere": {"rank": jnp.int32(1)}}}
   deaf.apply(other, x)  # names another layer
+
+
+# ---------------------------------------------------------------------------
+# Boxed parameters
+# ---------------------------------------------------------------------------
+
+
+def boxed(params, box):
+  """Boxes every leaf and names its axes, each by another name."""
+  return jax.tree.map(
+    lambda x: box(x, tuple(f"axis{i}" for i in range(x.ndim))), params
+  )
+
+
+def names(tree):
+  return jax.tree.map(
+    lambda x: x.names, tree, is_leaf=lambda x: hasattr(x, "names")
+  )
+
+
+@pytest.mark.parametrize(
+  "box", [flax.linen.Partitioned, flax.linen.LogicallyPartitioned]
+)
+def test_boxes_are_kept_and_change_nothing(case, box, close):
+  params, unbox = boxed(case.dense, box), flax.core.meta.unbox
+  factored = lowrank.decompose(params, [Rule()], case.layers)
+  close(unbox(factored), case.factored, 1e-4)
+  ranks = case.ranks("half")
+  for function in (lowrank.mask, lowrank.truncate):
+    found, wanted = function(factored, ranks), function(case.factored, ranks)
+    assert jax.tree.structure(names(found)) == jax.tree.structure(
+      names(factored)
+    )
+    close(unbox(found), wanted, 1e-4)
+  close(lowrank.full_ranks(factored, case.layers), case.full)
+  merged = lowrank.merge(factored, case.layers)
+  kept = names(merged)
+  for path, spec in case.layers.items():
+    node = trees.get(kept, path)
+    wanted = trees.get(names(params), path)
+    if spec.kind == "conv" and spec.groups:
+      assert len(node["kernel"]) == len(wanted["kernel"])
+    else:
+      assert node == wanted
+  if case.name not in ("scan", "scan_remat_grouped"):  # they re-box their own
+    y = case.model.apply({"params": factored, "ranks": ranks}, case.x)
+    close(
+      y, case.model.apply({"params": unbox(factored), "ranks": ranks}, case.x)
+    )
+
+
+def test_a_model_with_partitioned_parameters_is_read_and_run():
+  init = flax.linen.initializers.lecun_normal()
+
+  def function(x):
+    split = flax.linen.with_partitioning(init, ("in", "out"))
+    return nn.Dense(5, kernel_init=split, name="layer")(x)
+
+  model, x = Model(function), jnp.ones((2, 6))
+  variables = model.init(jax.random.key(0), x)
+  layers = introspect.layers(model, x)
+  params = lowrank.decompose(variables["params"], [Rule()], layers)
+  node = params["layer"]
+  assert (node["u"].names, node["v"].names) == (("in", None), (None, "out"))
+  assert count_cost(layers, params).macs == 5 * (6 + 5)
+  np.testing.assert_allclose(
+    model.apply({"params": params}, x), model.apply(variables, x), rtol=1e-5
+  )

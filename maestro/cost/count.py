@@ -100,7 +100,7 @@ def count_cost(
     n, b = _size(leaf)
     n_total, b_total = n_total + n, b_total + b
   for path, spec in layers.items():
-    node = trees.get(params, path) or {}
+    node = trees.unboxed(trees.get(params, path) or {})
     if spec.kind == "other":  # it may hold layers, which have rows of their own
       node = {k: x for k, x in node.items() if not isinstance(x, Mapping)}
     n = b = 0
