@@ -125,6 +125,20 @@ def resolve(
   return chosen
 
 
+@jax.custom_jvp
+def _svd(matrix: jax.Array):
+  return jnp.linalg.svd(matrix, full_matrices=False)
+
+
+@_svd.defjvp
+def _svd_jvp(primals, tangents):
+  raise LowRankError(
+    "a decomposition cannot be differentiated: singular vectors have no"
+    " derivative where singular values meet or vanish. Decompose outside of"
+    " the gradient, or cut it off by jax.lax.stop_gradient(params)"
+  )
+
+
 def svd(matrix: jax.Array, path: str) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns U, s and V^H of matrices [*lead, in, out], in at least float32.
 
@@ -143,7 +157,7 @@ def svd(matrix: jax.Array, path: str) -> tuple[jax.Array, jax.Array, jax.Array]:
   # SVD has no half-precision form.
   wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
   wide = jnp.where(finite, wide, jnp.zeros((), wide.dtype))
-  left, s, right = jnp.linalg.svd(wide, full_matrices=False)
+  left, s, right = _svd(wide)
   return left, jnp.where(finite[..., 0], s, jnp.nan), right
 
 
@@ -164,8 +178,8 @@ def decompose(
   below the full one) and the components are ordered by singular value. Those
   of singular value zero (to the rounding of the SVD) have u at random and v
   zero, so that they can still learn. Can be traced: abstract and sharded trees
-  take the same path. Not to be differentiated: singular vectors have no
-  derivative where singular values meet.
+  take the same path. Not to be differentiated, which raises: singular vectors
+  have no derivative where singular values meet.
 
   Args:
     params: nested mapping of parameters with dense kernels.

@@ -6,12 +6,13 @@ layers are vectors; each of their elements counts as a layer of its own. A layer
 of rank 0 stays at 0. All of them can be traced.
 """
 
-from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+
+from maestro.trees import ratio
 
 Ranks = Any
 
@@ -61,18 +62,14 @@ def fixed(key: jax.Array, ranks: Ranks, *, fraction: float) -> Ranks:
   Args:
     key: unused.
     ranks: tree of int32.
-    fraction: in [0, 1]; taken as the nearest ratio of integers up to 1024.
+    fraction: in [0, 1], see `trees.ratio`.
   """
   del key
   if not 0 <= fraction <= 1:
     raise ValueError(f"fraction={fraction} is outside [0, 1]")
-  ratio = Fraction(fraction).limit_denominator(1024)
-  return jax.tree.map(
-    lambda r: (
-      (r * ratio.numerator + ratio.denominator - 1) // ratio.denominator
-    ),
-    ranks,
-  )
+  p, q = ratio(fraction).as_integer_ratio()
+  # Whole multiples of q apart, so that no product exceeds an int32.
+  return jax.tree.map(lambda r: r // q * p + (r % q * p + q - 1) // q, ranks)
 
 
 SAMPLERS = {

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -234,6 +235,20 @@ def unflatten_ranks(flat: Mapping[str, Any]) -> dict:
 
 def is_traced(x: Any) -> bool:
   return isinstance(x, jax.core.Tracer)
+
+
+def as_written(x: float) -> Fraction:
+  """The number that a float is written as: 0.29 is 29/100, not 0.28999..."""
+  return Fraction(repr(float(x)))
+
+
+def ratio(fraction: float) -> Fraction:
+  """The ratio of integers up to 46340 that a fraction of a rank stands for.
+
+  Exact for decimals of up to four places and for j / r of such integers; the
+  product of two of them fits into an int32.
+  """
+  return as_written(fraction).limit_denominator(46340)
 
 
 def check_rank(rank: Any, full_rank: int, path: str) -> None:

@@ -626,3 +626,22 @@ def test_foreign_parameters_called_u_and_v_are_left_alone():
       jax.tree.map(np.testing.assert_array_equal, form[name], node)
   alone = lowrank.group_lasso({"fc": tree["fc"]}, ranks)
   assert float(lowrank.group_lasso(tree, ranks)) == float(alone)
+
+
+@pytest.mark.parametrize(
+  "kernel",
+  [jnp.ones((5, 5)), jnp.zeros((3, 4)), jnp.eye(4), jnp.diag(jnp.arange(4.0))],
+)
+def test_a_decomposition_is_not_differentiated_silently(kernel):
+  layers = {"fc": LayerSpec("dense", kernel.shape[:1], kernel.shape[1:])}
+
+  def loss(kernel):
+    params = {"fc": {"kernel": kernel}}
+    factored = lowrank.decompose(params, [Rule()], layers)
+    return sum(jnp.sum(x) for x in jax.tree.leaves(factored))
+
+  for derive in (jax.grad(loss), jax.jit(jax.grad(loss))):
+    with pytest.raises(LowRankError, match="cannot be differentiated"):
+      derive(kernel)
+  cut_off = jax.grad(lambda k: loss(jax.lax.stop_gradient(k)))
+  assert not np.any(cut_off(kernel))

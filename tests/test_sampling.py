@@ -2,6 +2,7 @@
 
 import functools
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,19 @@ def test_fixed_is_the_exact_ceiling_for_every_fraction_and_rank():
       # -(-a // b) is the ceiling of the fraction a / b, in integers.
       assert np.array_equal(found, -(-ranks.astype(np.int64) * j // r)), (j, r)
       assert found[r] == j
+
+
+@pytest.mark.parametrize("size", [1, 3, 50, 4096, 65537, 2**31 - 1])
+@pytest.mark.parametrize(
+  "text", ["0", "0.0001", "0.0004", "0.001", "0.29", "0.3333", "0.9999", "1"]
+)
+def test_fixed_is_exact_for_small_fractions_and_large_ranks(jit, text, size):
+  """As an exact ceiling in Python's integers, traced or not."""
+  wanted = math.ceil(Fraction(text) * size)
+  ranks = {"a": jnp.int32(size), "b": jnp.int32(0)}
+  draw = functools.partial(sampling.fixed, fraction=float(text))
+  for found in (draw(KEY, ranks), jit(draw)(KEY, ranks)):
+    assert int(found["a"]) == wanted and int(found["b"]) == 0
 
 
 def test_fixed_gives_integers_on_the_device():

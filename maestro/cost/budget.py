@@ -78,7 +78,7 @@ class Budget:
 
     floor(value * dense),  value as written: 0.29 of 100 is 29, not 28.999...
     """
-    return math.floor(Fraction(repr(float(self.value))) * dense)
+    return math.floor(trees.as_written(self.value) * dense)
 
   def __str__(self) -> str:
     return f"{self.kind}:{self.value:g}"

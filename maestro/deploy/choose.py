@@ -86,8 +86,8 @@ def make_losses(
 
   Networks are evaluated with all layers merged after the cut: one compilation
   for all profiles, and a whole network at its dense cost instead of twice that.
-  Batch norm uses the statistics of the examples at hand (512 at a time), which
-  are those of the network that is being judged; no augmentation.
+  Batch norm uses the statistics of the examples at hand (at most 512 at a
+  time), which are those of the network that is judged; no augmentation.
 
   Args:
     run: a trained network.
@@ -128,10 +128,9 @@ def make_losses(
       key = tuple(ranks.values())
       if key not in known:
         merged = merge(params, budget_lib.rank_tree(now, ranks))
-        sums = [
-          total(merged, inputs[i:n][:_CHUNK], targets[i:n][:_CHUNK])
-          for i in range(0, n, _CHUNK)
-        ]
+        # Of equal size, or the statistics of a last, small one would be poor.
+        chunks = np.array_split(np.arange(n), -(-n // _CHUNK))
+        sums = [total(merged, inputs[i], targets[i]) for i in chunks]
         known[key] = float(sum(sums)) / n
         progress(n / size)
       return known[key]

@@ -7,6 +7,7 @@ from typing import Annotated
 import numpy as np
 
 from maestro.schema import Count, Range, Ratio, Weight
+from maestro.trees import ratio
 
 Spectra = Mapping[str, np.ndarray]  # {path: singular values [*lead, R]}
 
@@ -31,8 +32,8 @@ def fraction(
 ) -> dict[str, Fraction]:
   """Keeps a fraction of every layer's components."""
   del now, initial
-  ratio = Fraction(fraction).limit_denominator(1024)
-  return {path: ratio * rank for path, rank in limits.items()}
+  part = ratio(fraction)
+  return {path: part * rank for path, rank in limits.items()}
 
 
 def constant(

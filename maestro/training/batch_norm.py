@@ -1,6 +1,6 @@
-"""Statistics of batch norm for a given network: a cumulative average."""
+"""Statistics of batch norm for a given network: those of all examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,12 +22,15 @@ def make_recalibrate(
 ) -> Callable[[Any, Split], Any]:
   """Returns recalibrate(variables, split) -> batch_stats of that network.
 
-    s_k = s_{k-1} + (statistics of batch k - s_{k-1}) / k,   k = 1, 2, ...
+    mean = E[mean of a batch]
+    var  = E[variance within a batch] + Var[mean of a batch]
 
-  Moving averages belong to the ranks that were sampled while training; a
-  network cut to other ranks has other activations. This is the plain mean of
-  the batches' means and variances, with the weights fixed; whatever momentum
-  the layers have is neither used nor changed, nor are `variables`.
+  over batches, by their numbers of examples: the law of total variance. Moving
+  averages belong to the ranks that were sampled while training; a network cut
+  to other ranks has other activations. The weights are fixed; whatever momentum
+  the layers have is neither used nor changed, nor are `variables`. For a
+  network's first normalisation this is exact at any batch size; those behind
+  it see activations that were normalised batch by batch.
 
   The same variables always give the same statistics: a fixed random choice of
   examples, with the training's augmentation under fixed keys.
@@ -35,13 +38,14 @@ def make_recalibrate(
   Args:
     model: a Flax module whose normalisation layers are `linen.BatchNorm`.
     preprocess: as of a `maestro.data.Dataset`.
-    batch_size: examples a batch; a last, smaller batch is left out.
-    examples: how many are used, at least one batch; None for the whole split.
+    batch_size: examples a batch; the last one may be smaller.
+    examples: how many are used; None for the whole split. As many as are a
+      multiple of the number of devices.
     mesh: devices over which a batch is split.
   """
 
   @jax.jit
-  def add_batch(stats, variables, x, k):
+  def add_batch(stats, variables, x, k, n):
     key_image, key_dropout = jax.random.split(
       streams.stream(0, "statistics", k)
     )
@@ -55,17 +59,32 @@ def make_recalibrate(
         rngs={"dropout": key_dropout},
         mutable=["batch_stats"],
       )
-    return jax.tree.map(
-      lambda s, b: s + (b - s) / (k + 1), stats, new["batch_stats"]
-    )
+    return _joined(stats, n, new["batch_stats"], len(x))
 
   def recalibrate(variables: Any, split: Split) -> Any:
     n = len(split) if examples is None else min(examples, len(split))
     order = choice(0, len(split))
     stats = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-    for k in range(max(n // batch_size, 1)):
-      batch = order[k * batch_size : (k + 1) * batch_size]
-      stats = add_batch(stats, variables, split.inputs[batch], k)
+    n = max(n // mesh.size, 1) * mesh.size
+    for k, start in enumerate(range(0, n, batch_size)):
+      batch = order[start : min(start + batch_size, n)]
+      x = split.inputs[batch]
+      stats = add_batch(stats, variables, x, k, jnp.float32(start))
     return stats
 
   return recalibrate
+
+
+def _joined(a: Any, n: jax.Array, b: Any, m: int) -> Any:
+  """Joins the statistics of n examples and of m others."""
+  share = m / (n + m)
+  joined = {}
+  for name, x in a.items():
+    if isinstance(x, Mapping):
+      joined[name] = _joined(x, n, b[name], m)
+      continue
+    joined[name] = x + (b[name] - x) * share
+    if name == "var" and "mean" in a:
+      apart = b["mean"] - a["mean"]
+      joined[name] += share * (1 - share) * apart**2
+  return joined

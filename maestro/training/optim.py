@@ -1,16 +1,20 @@
 """Optimizers and schedules from optax, and the truncation of their state."""
 
+import collections
+import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from maestro import lowrank, trees
+from maestro import lowrank, schema, trees
 from maestro.errors import UserError
 from maestro.methods import prox
-from maestro.schema import ConfigError, bind, choose
+from maestro.schema import ConfigError, Positive, Range, Share, Weight
 
 
 class OptimizerError(UserError):
@@ -23,7 +27,7 @@ class OptimizerError(UserError):
 
 
 def constant(
-  steps_per_epoch: int, epochs: int, *, learning_rate: float
+  steps_per_epoch: int, epochs: int, *, learning_rate: Weight
 ) -> optax.Schedule:
   """Keeps one learning rate."""
   del steps_per_epoch, epochs
@@ -34,19 +38,15 @@ def piecewise(
   steps_per_epoch: int,
   epochs: int,
   *,
-  learning_rate: float,
-  boundaries: Sequence[float],
-  factor: float = 0.1,
+  learning_rate: Weight,
+  boundaries: Sequence[Annotated[float, Range("(0, 1)")]],
+  factor: Weight = 0.1,
 ) -> optax.Schedule:
   """Multiplies by `factor` at each boundary, a fraction of the phase."""
-  for b in boundaries:
-    if not 0 < b < 1:
-      raise ConfigError(
-        f"schedule.boundaries: {b} is no fraction of the phase in (0, 1)"
-      )
   total = steps_per_epoch * epochs
+  steps = collections.Counter(round(b * total) for b in boundaries)
   return optax.piecewise_constant_schedule(
-    learning_rate, {round(b * total): factor for b in boundaries}
+    learning_rate, {step: factor**n for step, n in steps.items()}
   )
 
 
@@ -54,11 +54,14 @@ def cosine(
   steps_per_epoch: int,
   epochs: int,
   *,
-  learning_rate: float,
-  warmup_epochs: float = 0.0,
-  final_fraction: float = 0.0,
+  learning_rate: Weight,
+  warmup_epochs: Weight = 0.0,
+  final_fraction: Share = 0.0,
 ) -> optax.Schedule:
-  """Rises linearly, then falls along a cosine to a fraction of the peak."""
+  """Rises linearly, then falls along a cosine to a fraction of the peak.
+
+  Step i of n of warm-up has the rate (i + 1) / n of the peak.
+  """
   total = max(steps_per_epoch * epochs, 1)
   warmup = round(warmup_epochs * steps_per_epoch)
   if warmup >= total:
@@ -71,7 +74,8 @@ def cosine(
   )
   if not warmup:
     return decay
-  rise = optax.linear_schedule(0.0, learning_rate, warmup)
+  first = learning_rate / warmup
+  rise = optax.linear_schedule(first, learning_rate, max(warmup - 1, 1))
   return optax.join_schedules([rise, decay], [warmup])
 
 
@@ -87,9 +91,9 @@ def make_schedule(
     if not epochs:
       continue
     where = f"config.{name}.schedule"
-    function, options = choose(SCHEDULES, section, where)
-    options = bind(function, options, where, ("steps_per_epoch", "epochs"))
-    schedules.append(function(steps_per_epoch, epochs, **options))
+    given = ("steps_per_epoch", "epochs")
+    make_phase = schema.make(SCHEDULES, section, where, given)
+    schedules.append(make_phase(steps_per_epoch, epochs))
     start += epochs * steps_per_epoch
     boundaries.append(start)
   return optax.join_schedules(schedules, boundaries[:-1])
@@ -100,26 +104,95 @@ def make_schedule(
 # ---------------------------------------------------------------------------
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-  "adam": optax.adam,
-  "adamw": optax.adamw,
-  "lion": optax.lion,
-  "sgd": optax.sgd,
+Beta = Annotated[float, Range("[0, 1)")]
+Mask = Callable[[Any], Any]  # params -> a tree of bools, which are decayed
+Parts = tuple[optax.GradientTransformation, ...]  # to be chained
+
+
+def sgd(
+  schedule: optax.Schedule,
+  decayed: Mask,
+  *,
+  momentum: Beta | None = None,
+  nesterov: bool = False,
+  weight_decay: Weight = 0.0,
+) -> Parts:
+  """Descends along the gradient; decay is added to that (L2)."""
+  step = optax.sgd(schedule, momentum=momentum, nesterov=nesterov)
+  return (*_l2(weight_decay, decayed), step)
+
+
+def adam(
+  schedule: optax.Schedule,
+  decayed: Mask,
+  *,
+  b1: Beta = 0.9,
+  b2: Beta = 0.999,
+  eps: Weight = 1e-8,
+  nesterov: bool = False,
+  weight_decay: Weight = 0.0,
+) -> Parts:
+  """Adam; decay is added to the gradient (L2)."""
+  step = optax.adam(schedule, b1=b1, b2=b2, eps=eps, nesterov=nesterov)
+  return (*_l2(weight_decay, decayed), step)
+
+
+def adamw(
+  schedule: optax.Schedule,
+  decayed: Mask,
+  *,
+  b1: Beta = 0.9,
+  b2: Beta = 0.999,
+  eps: Weight = 1e-8,
+  nesterov: bool = False,
+  weight_decay: Weight = 0.0,
+) -> Parts:
+  """Adam with decay beside it, learning rate * weight_decay a step."""
+  decay = {"weight_decay": weight_decay, "mask": decayed}
+  betas = {"b1": b1, "b2": b2, "eps": eps, "nesterov": nesterov}
+  return (optax.adamw(schedule, **betas, **decay),)
+
+
+def lion(
+  schedule: optax.Schedule,
+  decayed: Mask,
+  *,
+  b1: Beta = 0.9,
+  b2: Beta = 0.99,
+  weight_decay: Weight = 0.0,
+) -> Parts:
+  """Lion, with decay beside it."""
+  decay = {"weight_decay": weight_decay, "mask": decayed}
+  return (optax.lion(schedule, b1=b1, b2=b2, **decay),)
+
+
+def _l2(weight_decay: float, decayed: Mask) -> Parts:
+  decay = optax.add_decayed_weights(weight_decay, decayed)
+  return (decay,) if weight_decay else ()
+
+
+OPTIMIZERS: dict[str, Callable[..., Parts]] = {
+  "adam": adam,
+  "adamw": adamw,
+  "lion": lion,
+  "sgd": sgd,
 }
-_DECOUPLED = ("adamw", "lion")
 
 
 def make(
   section: Mapping[str, Any], schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Builds config.optimizer: a name in OPTIMIZERS and its optax options.
+  """Builds config.optimizer: a name in OPTIMIZERS and its options.
 
-  Two more options hold for all: `clip_norm` (None is off) bounds the global
-  norm of the gradients; `weight_decay` (0) is added to the gradients of all
-  parameters (L2), but is the optimizer's own, decoupled one for adamw, lion.
+  What a config does not say is the default that stands there, whatever that of
+  the library is. Two more options hold for all: `clip_norm` (None is off)
+  bounds the global norm of the gradients; `decay_paths` is a regular expression
+  of the parameters that weight_decay acts on, matched in full against their
+  slash-joined paths (".*", all of them; r".*(kernel|u|v)" leaves out biases and
+  norms).
 
   Raises:
-    ConfigError: unknown name or option.
+    ConfigError: unknown name or option, or one out of range.
   """
   where = "config.optimizer"
   if section.get("name") in ("adafactor", "muon"):
@@ -128,29 +201,46 @@ def make(
       " parameters, so it cannot be truncated with them; use one of"
       f" {sorted(OPTIMIZERS)}"
     )
-  function, options = choose(OPTIMIZERS, section, where)
-  clip_norm = options.pop("clip_norm", None)
-  decay = 0.0
-  if section["name"] not in _DECOUPLED:
-    decay = options.pop("weight_decay", 0.0)
-  options = bind(function, options, where, ("learning_rate",))
-  if not _is_number(decay) or decay < 0:
-    raise ConfigError(f"{where}.weight_decay: {decay!r} is no number >= 0")
-  momentum = options.get("momentum")
-  if momentum is not None and not (_is_number(momentum) and 0 <= momentum < 1):
-    raise ConfigError(f"{where}.momentum: {momentum!r} is no number in [0, 1)")
-  parts = []
-  if clip_norm is not None:
-    if not _is_number(clip_norm) or not clip_norm > 0:
-      raise ConfigError(f"{where}.clip_norm: {clip_norm!r} is no number > 0")
-    parts.append(optax.clip_by_global_norm(clip_norm))
-  if decay:
-    parts.append(optax.add_decayed_weights(decay))
-  return optax.chain(*parts, function(schedule, **options))
+  common = {
+    key: section[key] for key in ("clip_norm", "decay_paths") if key in section
+  }
+  own = {key: value for key, value in section.items() if key not in common}
+  options = _Common(**schema.bind(_Common, common, where))
+  function = schema.make(OPTIMIZERS, own, where, ("schedule", "decayed"))
+  try:
+    pattern = re.compile(options.decay_paths)
+  except re.error as error:
+    raise ConfigError(
+      f"{where}.decay_paths: {options.decay_paths!r} is no regular expression:"
+      f" {error}"
+    ) from error
+  parts = function(schedule, functools.partial(_decayed, pattern))
+  if options.clip_norm is not None:
+    parts = (optax.clip_by_global_norm(options.clip_norm), *parts)
+  return optax.chain(*parts)
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
+@dataclasses.dataclass(frozen=True)
+class _Common:
+  clip_norm: Positive | None = None
+  decay_paths: str = ".*"
+
+
+def _decayed(pattern: re.Pattern, params: trees.Tree) -> Any:
+  """Tells for each parameter whether it decays."""
+  found = jax.tree_util.tree_map_with_path(
+    lambda path, _: bool(pattern.fullmatch("/".join(_names(path)))), params
+  )
+  if not any(jax.tree.leaves(found)):
+    raise ConfigError(
+      f"config.optimizer.decay_paths: {pattern.pattern!r} matches none of the"
+      f" parameters, such as {'/'.join(_names(_first_path(params)))!r}"
+    )
+  return found
+
+
+def _first_path(tree: trees.Tree) -> Any:
+  return jax.tree_util.tree_leaves_with_path(tree)[0][0]
 
 
 # State classes with a count that a schedule reads.
@@ -223,6 +313,8 @@ def _map_factors(state: Any, params: trees.Tree, ranks: trees.Tree, edit):
 
   A leaf mirrors a parameter if its path ends in the parameter's path and it
   has its shape; of several such parameters the one with the longest path.
+  Fields and indices of the state's own classes are no part of it: `mu` of Adam
+  is another thing than a module of that name.
   """
   shapes = {
     _names(path): jnp.shape(leaf)
@@ -235,7 +327,8 @@ def _map_factors(state: Any, params: trees.Tree, ranks: trees.Tree, edit):
   }
 
   def visit(path, leaf):
-    names = _names(path)
+    own = [i for i, k in enumerate(path) if not hasattr(k, "key")]
+    names = _names(path[own[-1] + 1 if own else 0 :])
     for start in range(len(names)):
       suffix = names[start:]
       if shapes.get(suffix) == jnp.shape(leaf):

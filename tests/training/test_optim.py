@@ -179,6 +179,27 @@ def test_masking_can_be_traced():
   assert jax.tree.map(jnp.shape, masked) == jax.tree.map(jnp.shape, state)
 
 
+FIELDS = ("mu", "nu", "trace", "count", "0", "inner_state", "hyperparams")
+
+
+@pytest.mark.parametrize("name", ["sgd_momentum", "adam", "lion", "chain"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_modules_may_be_called_as_fields_of_a_state(name, field):
+  node = {"u": jnp.ones((4, 3)), "v": jnp.ones((3, 5))}
+  params = {"fc": node, field: {"fc": node, field: {"fc": node}}}
+  ranks = {
+    "fc": {"rank": 1},
+    field: {"fc": {"rank": 3}, field: {"fc": {"rank": 2}}},
+  }
+  tx = OPTIMIZERS[name][0]()
+  state = jax.tree.map(jnp.ones_like, tx.init(params))
+  found = optim.mask(state, params, ranks)
+  wanted = optax.tree_map_params(
+    tx, lambda _, x: x, state, lowrank.mask(params, ranks)
+  )
+  assert jax.tree.all(jax.tree.map(np.array_equal, found, wanted))
+
+
 def test_a_parameter_that_has_the_shape_of_a_factor_is_left_alone():
   params = {
     "a": {"u": jnp.ones((4, 3)), "v": jnp.ones((3, 4))},
@@ -261,8 +282,29 @@ def test_cosine_falls_to_its_final_fraction_of_the_peak():
 
 def test_cosine_rises_linearly_during_warm_up():
   section = {"name": "cosine", "learning_rate": 2.0, "warmup_epochs": 0.5}
-  found = rates([("settle", 2, section)], 20, [0, 5, 10, 25, 40])
-  np.testing.assert_allclose(found, [0, 1, 2, 1, 0], atol=1e-6)
+  found = rates([("settle", 2, section)], 20, [0, 4, 9, 10, 25, 40])
+  np.testing.assert_allclose(found, [0.2, 1, 2, 2, 1, 0], atol=1e-6)
+
+
+def test_no_step_of_warm_up_is_lost_to_a_rate_of_zero():
+  section = {"name": "cosine", "learning_rate": 2.0, "warmup_epochs": 0.5}
+  for steps in (2, 6, 10, 40):
+    found = rates([("settle", 2, section)], steps, range(steps // 2))
+    np.testing.assert_allclose(
+      found, 2.0 * (np.arange(steps // 2) + 1) / (steps // 2), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 100])
+def test_boundaries_that_fall_on_one_step_all_count(steps):
+  section = {
+    "name": "piecewise",
+    "learning_rate": 1.0,
+    "boundaries": (0.45, 0.5, 0.55),
+    "factor": 0.5,
+  }
+  (last,) = rates([("settle", 1, section)], steps, [steps])
+  assert last == pytest.approx(0.125)
 
 
 def test_phases_join_at_the_first_step_of_the_next():
@@ -297,6 +339,10 @@ CONSTANT = {"name": "constant", "learning_rate": 0.1}
     (CONSTANT | {"name": "cosine", "warmup_epochs": 2}, "warmup_epochs"),
     (CONSTANT | {"name": "piecewise", "boundaries": (1.5,)}, "boundaries"),
     (CONSTANT | {"name": "piecewise"}, "boundaries"),
+    (CONSTANT | {"learning_rate": -1.0}, "learning_rate"),
+    (CONSTANT | {"learning_rate": float("inf")}, "learning_rate"),
+    (CONSTANT | {"name": "cosine", "warmup_epochs": -5}, "warmup_epochs"),
+    (CONSTANT | {"name": "cosine", "final_fraction": 2.0}, "final_fraction"),
   ],
 )
 def test_a_bad_schedule_option_is_named(section, key):
@@ -352,8 +398,56 @@ def test_weight_decay_of_adamw_is_decoupled():
     ({"name": "sgd", "clip_norm": "a"}, "optimizer.clip_norm"),
     ({"name": "sgd", "weight_decay": "a"}, "optimizer.weight_decay"),
     ({"name": "sgd", "weight_decay": -1.0}, "optimizer.weight_decay"),
+    ({"name": "adamw", "weight_decay": -1.0}, "optimizer.weight_decay"),
+    ({"name": "sgd", "weight_decay": float("nan")}, "optimizer.weight_decay"),
+    ({"name": "adam", "b2": 1.0}, "optimizer.b2"),
   ],
 )
 def test_a_bad_optimizer_option_is_named(section, message):
   with pytest.raises(ConfigError, match=message):
     optim.make(section, optax.constant_schedule(0.1))
+
+
+# What a section does not say is what stands here, not what optax thinks of.
+PLAIN = {
+  "sgd": lambda rate: optax.sgd(rate),
+  "adam": lambda rate: optax.adam(rate, b1=0.9, b2=0.999, eps=1e-8),
+  "adamw": lambda rate: optax.adamw(rate, weight_decay=0.0),
+  "lion": lambda rate: optax.lion(rate, b1=0.9, b2=0.99, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
+def test_without_options_nothing_decays(name):
+  params = {"w": jnp.array([10.0, -3.0]), "b": jnp.array([2.0])}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  found = first_update({"name": name}, params, zero)
+  assert all(not np.any(x) for x in jax.tree.leaves(found))
+  tx = PLAIN[name](1.0)
+  grads = jax.tree.map(lambda x: 0.1 * x, params)
+  wanted = tx.update(grads, tx.init(params), params)[0]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    first_update({"name": name}, params, grads),
+    wanted,
+  )
+
+
+@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
+def test_decay_acts_on_the_paths_that_it_is_given(name):
+  params = {
+    "fc": {"u": jnp.ones((3, 2)), "v": jnp.ones((2, 4)), "bias": jnp.ones(4)},
+    "norm": {"scale": jnp.ones(4)},
+  }
+  zero = jax.tree.map(jnp.zeros_like, params)
+  decay = {"weight_decay": 0.1, "decay_paths": ".*/(kernel|u|v)"}
+  found = first_update({"name": name} | decay, params, zero)
+  for path, x in jax.tree_util.tree_leaves_with_path(found):
+    assert bool(np.all(x < 0)) == (path[-1].key in ("u", "v")), path
+    assert np.all(x < 0) or not np.any(x)
+  with pytest.raises(ConfigError, match=r"decay_paths: 'kernel' matches none"):
+    first_update(
+      {"name": name} | decay | {"decay_paths": "kernel"}, params, zero
+    )
+  with pytest.raises(ConfigError, match=r"decay_paths: '\(' is no regular"):
+    first_update({"name": name} | decay | {"decay_paths": "("}, params, zero)
