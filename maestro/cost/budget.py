@@ -127,6 +127,13 @@ class Tables:
     """The cheapest ranks."""
     return {path: int(c[0]) for path, c in self.candidates.items()}
 
+  @property
+  def least_useful(self) -> float:
+    """The part of the dense cost at which every layer can keep a component."""
+    first = {p: min(1, len(c) - 1) for p, c in self.costs.items()}
+    snapped = {p: self.snap(p, rank) for p, rank in first.items()}
+    return math.ceil(1e4 * self.total(snapped) / self.dense) / 1e4
+
   def snap(self, path: str, rank: int) -> int:
     """The largest candidate that costs no more than a rank.
 
@@ -307,7 +314,9 @@ def fit_budget(
   with one factor f for all layers, which grows from 0. Where the next rank of a
   layer would exceed the budget, that layer stays as it is and the others go on,
   so that at the end no layer can have one more. The cost is that of the final
-  network, `lowrank.extract`.
+  network, `lowrank.extract`, which need not rise with the rank: merged, a layer
+  may cost less than at a lower rank. A rank costs what the cheapest one at or
+  above it does, and becomes the largest one of that cost.
 
   Args:
     profile: {path: real number, or array of them [*lead]} to scale.
@@ -330,13 +339,21 @@ def fit_budget(
     r = np.asarray(profile[path] * f // 1, np.int64)
     return np.where(profile[path] > 0, np.clip(r, 1, limits[path]), 0)
 
-  def spent_on(path: str, ranks: np.ndarray | None) -> int:
-    rank = None if ranks is None else int(np.max(ranks, initial=0))
-    return _weight_cost(layers[path], rank, kind)
+  costs, least = {}, {}
+  for path, limit in limits.items():
+    spec, top = layers[path], int(np.max(limit, initial=0))
+    costs[path] = np.array(
+      [_weight_cost(spec, rank, kind) for rank in range(top + 1)]
+    )
+    least[path] = np.minimum.accumulate(costs[path][::-1])[::-1]
+
+  def spent_on(path: str, ranks: np.ndarray) -> int:
+    return int(least[path][np.max(ranks, initial=0)])
 
   ranks = {path: at(path, Fraction(0)) for path in profile}
   spent = getattr(dense, kind) + sum(
-    spent_on(path, r) - spent_on(path, None) for path, r in ranks.items()
+    spent_on(path, r) - _weight_cost(layers[path], None, kind)
+    for path, r in ranks.items()
   )
   if spent > most:
     raise ConfigError(
@@ -360,4 +377,9 @@ def fit_budget(
       full.add(path)
     else:
       ranks[path], spent = more, spent + extra
+  for path, r in ranks.items():
+    top = int(np.max(r, initial=0))
+    largest = np.flatnonzero(costs[path] <= least[path][top])[-1]
+    if top and largest > top:
+      ranks[path] = np.where(r > 0, np.minimum(limits[path], largest), 0)
   return ranks

@@ -106,6 +106,7 @@ def export(
   artifact.check_target(out)
   sizes = sizes or (Size("own", run.ranks),)
   # Before anything that takes long.
+  _check_useful(run, sizes)
   packing.check_nested(
     [Profile(s.name, trees.flatten_ranks(s.ranks), {}) for s in sizes]
   )
@@ -159,6 +160,17 @@ def export(
     log(line)
   log(f"wrote {out}")
   return config
+
+
+def _check_useful(run: build.Run, sizes: Sequence[Size]) -> None:
+  for size in sizes:
+    ranks = trees.flatten_ranks(size.ranks)
+    if ranks and not any(np.any(rank) for rank in ranks.values()):
+      table = budget_lib.cost_tables(run.layers, run.params, run.ranks, "macs")
+      raise ExportError(
+        f"{size.name}: rank 0 in every layer leaves a network of biases; with a"
+        f" component in each, it is --budget=macs:{table.least_useful:.4f}"
+      )
 
 
 # ---------------------------------------------------------------------------

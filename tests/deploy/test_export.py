@@ -438,6 +438,20 @@ def test_a_difference_above_the_tolerance_writes_nothing(runs, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["mlp", "resnet18"])
+def test_a_network_of_biases_is_refused_with_what_is_of_use(
+  runs, name, tmp_path
+):
+  run = runs(name)
+  (nothing,) = export.choose_sizes(run, budget="macs:1e-6", rule="uniform")
+  with pytest.raises(UserError, match="network of biases") as error:
+    export.export(run, tmp_path / "out", [nothing])
+  assert not (tmp_path / "out").exists()
+  useful = str(error.value).split("--budget=")[1]
+  (size,) = export.choose_sizes(run, budget=useful, rule="uniform")
+  assert any(trees.flatten_ranks(size.ranks).values())
+
+
 def test_other_files_are_not_overwritten(runs, tmp_path):
   (tmp_path / "config.json").write_text("{}")
   with pytest.raises(UserError, match="not overwritten"):

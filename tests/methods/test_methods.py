@@ -10,6 +10,7 @@ import pathlib
 import re
 import signal
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -640,6 +641,44 @@ def test_a_fit_is_the_largest_that_the_budget_allows(kind, fraction, cases):
       assert spent(fitted | {path: rank + 1}) > most
   if fraction == 1.0:
     assert all(np.array_equal(fitted[p], flat[p]) for p in flat)
+
+
+class Words(flax.linen.Module):
+  """An embedding, whose look-ups cost less merged, and a layer on top."""
+
+  @flax.linen.compact
+  def __call__(self, tokens):
+    return nn.Dense(8, name="fc")(nn.Embed(50, 8, name="words")(tokens))
+
+
+@pytest.mark.parametrize("kind", budget.BUDGETS)
+def test_no_ranks_that_fit_have_more_of_every_layer(kind):
+  tokens = jax.ShapeDtypeStruct((1, 10), "int32")
+  layers = introspect.layers(Words(), tokens)
+  dense = jax.eval_shape(Words().init, jax.random.key(0), tokens)["params"]
+  factored = jax.eval_shape(
+    lambda p: lowrank.decompose(p, [Rule()], layers), dense
+  )
+  size, limits = cost.count_cost(layers, dense), {"fc": 8, "words": 8}
+  costs = {}
+  for pair in itertools.product(range(1, 9), repeat=2):
+    ranks = trees.unflatten_ranks(dict(zip(limits, pair, strict=True)))
+    small = jax.eval_shape(
+      lambda p, ranks=ranks: lowrank.extract(p, ranks, layers), factored
+    )
+    costs[pair] = getattr(cost.count_cost(layers, small), kind)
+  for percent in (48, 55, 60, 70, 80, 90, 95, 100):
+    text = f"{kind}:{percent / 100}"
+    most = budget.Budget.parse(text).limit(getattr(size, kind))
+    found = budget.fit_budget(limits, limits, layers, text, size)
+    found = tuple(int(found[path]) for path in limits)
+    assert costs[found] <= most
+    better = [
+      pair
+      for pair, spent in costs.items()
+      if spent <= most and pair != found and min(np.subtract(pair, found)) >= 0
+    ]
+    assert not better, (percent, found, better)
 
 
 @pytest.mark.parametrize("fraction", [0.4, 0.6])
