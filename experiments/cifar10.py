@@ -35,7 +35,7 @@ from maestro import cli
 from maestro.errors import Interrupted, UserError
 from maestro.report import style
 from maestro.report import tables as report
-from maestro.runs import metrics
+from maestro.runs import metrics, stop
 
 CONFIGS = {"resnet": "configs/resnet_od.py", "vgg": "configs/vgg_od.py"}
 RUNS = pathlib.Path("runs/experiments")
@@ -219,8 +219,7 @@ def _train(workdir: pathlib.Path, overrides: list[str], clock: Clock) -> None:
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.resolve()))
   with (workdir / "log.txt").open("a") as log:
     code = clock.call([*command, *overrides], log, env)
-  # Before the loop begins, SIGTERM has nothing to save and ends the process.
-  if code in (cli.EXIT_INTERRUPTED, -signal.SIGTERM):
+  if code in (stop.EXIT_TERMINATED, -signal.SIGTERM):
     raise Interrupted(f"{workdir.name} is not finished")
   if code:
     raise UserError(f"{workdir} ended with code {code}; see its log.txt")

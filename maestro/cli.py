@@ -8,9 +8,9 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from maestro.errors import Interrupted, UserError
+from maestro.runs import stop
 
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 _FULL = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT)
 
 
@@ -52,17 +52,20 @@ def _parse(argv: list[str]) -> list[str]:
 def run(main: Callable[[list[str]], None]) -> None:
   """Parses the flags, calls main(argv) and exits; never returns.
 
-  Exit codes: 0 done, 2 error of the user, 75 interrupted and saved; main may
-  exit with others.
+  Exit codes: 0 done, 2 error of the user, 75 stopped by SIGTERM, 130 by Ctrl-C;
+  main may exit with others.
   """
   try:
     if "--help" in sys.argv[1:] or "--helpfull" in sys.argv[1:]:
       app.run(main)  # prints the main module's docstring and flags
-    else:
+    with stop.watching():
       sys.exit(main(_parse(sys.argv)))
-  except Interrupted as stop:
-    print(f"{stop}; saved. Run the same command again to go on.")
-    sys.exit(EXIT_INTERRUPTED)
+  except Interrupted as interrupted:
+    print(f"{interrupted}. Run the same command again to go on.")
+    sys.exit(stop.EXIT_TERMINATED)
+  except KeyboardInterrupt:
+    print("\nstopped by Ctrl-C. Run the same command again to go on.")
+    sys.exit(stop.EXIT_INTERRUPTED)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(EXIT_ERROR)

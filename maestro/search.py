@@ -24,7 +24,6 @@ by SIGTERM (run the same command again).
 import copy
 import math
 import pathlib
-import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +35,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from maestro import cli
-from maestro.errors import Interrupted, UserError
+from maestro.errors import UserError
 from maestro.main import default_workdir
 from maestro.report import style
 from maestro.report import tables as report
@@ -378,10 +377,6 @@ def main(argv: list[str]) -> None:
     name = config_flags.get_config_filename(values["config"])
     workdir = f"{default_workdir(name)}_search"
 
-  def stop(*_):
-    raise Interrupted("stopped between two runs")
-
-  signal.signal(signal.SIGTERM, stop)  # within a run, train takes over
   criterion = {flag: values[flag].value for flag in _FLAGS}
   record = search(values.config.to_dict(), workdir, criterion)
   if record["chosen"] is None:

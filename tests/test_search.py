@@ -48,7 +48,7 @@ class FakeTrain:
 
   def __call__(self, config, workdir):
     c = train.parse(config)
-    lam = None if c.method == "dense" else c.discover.lam
+    lam = None if c.method.name == "dense" else c.discover.lam
     self.called.append((lam, c.seed))
     path = pathlib.Path(workdir) / "results.json"
     if path.exists():
@@ -365,7 +365,7 @@ def test_sigterm_between_runs(fake, command, monkeypatch, capsys):
       search.jax, "clear_caches", lambda: os.kill(os.getpid(), signal.SIGTERM)
     )
     assert command(*flags) == 75
-  assert "stopped between two runs; saved" in capsys.readouterr().out
+  assert "stopped by SIGTERM. Run the same" in capsys.readouterr().out
   assert command(*flags) == 0
   assert fake.trained.count((None, 0)) == 1
 

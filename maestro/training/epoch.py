@@ -10,6 +10,7 @@ import numpy as np
 from maestro.cost.count import count_cost
 from maestro.errors import UserError
 from maestro.parallel.mesh import replicate
+from maestro.runs import stop
 from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Writer
 from maestro.training.build import Training
@@ -91,6 +92,7 @@ def run_epoch(
     n = _until(step, end, t)
     ledger.compiles(f"{name}, {n} steps, {form}")
     program = t.program(name, ledger.discover_epochs, n)
+    began = time.monotonic()
     state, losses = program(state, data)
     step += n
     if method.project and every(step, method.project_every) and not state.ranks:
@@ -105,6 +107,8 @@ def run_epoch(
     if every(step, t.log_every_steps) and step < end:
       window, state = state.metrics, reset_metrics(state)
     unread = step, losses, window
+    if step - n > first:  # the first may compile
+      stop.expect_poll(3 * (time.monotonic() - began))
   if unread is not None:
     loss = read(*unread)
   seconds, examples = time.monotonic() - started, (step - first) * t.batch_size

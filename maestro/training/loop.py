@@ -6,15 +6,12 @@ sampled, penalised and shrunk, and when, is `maestro.methods`; what a config
 describes is built by `maestro.training.build`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,7 +24,7 @@ from maestro.errors import Interrupted
 from maestro.parallel.mesh import make_mesh, replicate
 from maestro.report import figures
 from maestro.report.tables import layer_table
-from maestro.runs import checkpoint, metrics
+from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
 from maestro.training import build, optim
 from maestro.training.build import Training
@@ -84,7 +81,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     checkpoint.Checkpoints(
       workdir / "checkpoints", keep=c.checkpoint.keep
     ) as checkpoints,
-    _sigterm() as stop_asked,
+    stop.polling() as stop_asked,
   ):
     workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
 
@@ -129,7 +126,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         step = done.step
         if not done.whole:
           _save(checkpoints, state, ledger, started, t)
-          raise Interrupted(f"stopped at step {step} of {t.total_steps}")
+          raise Interrupted(f"stopped at step {step} of {t.total_steps}; saved")
 
         # --- Its end: shrink, perhaps cut, perhaps change the phase -----------
         record = _means(t, name, state)
@@ -179,7 +176,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         if last or discovered or due or stop_asked():
           _save(checkpoints, state, ledger, started, t)
         if stop_asked() and not last:
-          raise Interrupted(f"stopped at step {step} of {t.total_steps}")
+          raise Interrupted(f"stopped at step {step} of {t.total_steps}; saved")
 
     # --- The final model: exact ranks, merged where dense is cheaper ----------
     final = lowrank.extract(state.params, state.ranks, t.layers)
@@ -278,21 +275,8 @@ def _save(
   ledger.wall_seconds = time.monotonic() - started
   checkpoints.keep_steps = {ledger.discover_epochs * t.steps_per_epoch}
   extra = {"ledger": dataclasses.asdict(ledger)}
-  checkpoints.save(int(state.step), state, extra)
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-  """Yields a function that tells whether SIGTERM has come."""
-  asked = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield asked.is_set
-    return
-  before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-  try:
-    yield asked.is_set
-  finally:
-    signal.signal(signal.SIGTERM, before)
+  with stop.saving():
+    checkpoints.save(int(state.step), state, extra)
 
 
 # ---------------------------------------------------------------------------

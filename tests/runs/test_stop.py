@@ -1,0 +1,99 @@
+"""Signals: in order where something is saved, within seconds where not."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+# What a command may be at, as the body of its main.
+BUSY = {
+  "python": "while True: time.sleep(0.01)",
+  "no_python": "time.sleep = None; big = 10 ** 10 ** 8 // 7 ** 10 ** 7",
+  "swallowed": """
+    while True:
+      try:
+        time.sleep(0.01)
+      except BaseException:
+        pass
+  """,
+  "polling": """
+    with stop.polling() as asked:
+      while not asked():
+        time.sleep(0.01)
+    raise Interrupted("stopped at step 3; saved")
+  """,
+  "deaf": """
+    with stop.polling() as asked:
+      while True: time.sleep(0.01)
+  """,
+  "saving": """
+    with stop.polling(), stop.saving():
+      for _ in range(25): time.sleep(0.1)
+      print("written", flush=True)
+    while True: time.sleep(0.01)
+  """,
+}
+
+
+def start(body):
+  text = f"""
+import sys, time
+from maestro import cli
+from maestro.errors import Interrupted
+from maestro.runs import stop
+stop.GRACE = 1.0
+
+def main(argv):
+  print("ready", flush=True)
+{textwrap.indent(textwrap.dedent(body).strip(), "  ")}
+
+cli.run(main)
+"""
+  process = subprocess.Popen(
+    [sys.executable, "-c", text],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == "ready\n"
+  return process
+
+
+def end(process):
+  began = time.monotonic()
+  out, err = process.communicate(timeout=30)
+  assert "Traceback" not in err, err
+  return process.returncode, out + err, time.monotonic() - began
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_sigterm_ends_a_command_cleanly(name):
+  process = start(BUSY[name])
+  process.send_signal(signal.SIGTERM)
+  code, text, _ = end(process)
+  assert code == 75
+  assert "un the same command again" in text
+  assert ("step 3; saved" in text) == (name == "polling")
+  assert ("written" in text) == (name == "saving")
+
+
+@pytest.mark.parametrize("name", ["python", "swallowed", "deaf"])
+def test_ctrl_c_ends_a_command_cleanly(name):
+  process = start(BUSY[name])
+  process.send_signal(signal.SIGINT)
+  code, text, _ = end(process)
+  assert code == 130
+  assert "un the same command again" in text
+
+
+def test_a_second_sigterm_ends_a_run_that_polls_at_once():
+  process = start(BUSY["deaf"].replace("with", "stop.GRACE = 60\nwith", 1))
+  process.send_signal(signal.SIGTERM)
+  time.sleep(0.3)
+  process.send_signal(signal.SIGTERM)
+  code, text, seconds = end(process)
+  assert code == 75 and seconds < 10
+  assert "second SIGTERM" in text or "in the midst" in text
