@@ -10,9 +10,10 @@ import pytest
 
 # What a command may be at, as the body of its main.
 BUSY = {
-  "python": "while True: time.sleep(0.01)",
-  "no_python": "time.sleep = None; big = 10 ** 10 ** 8 // 7 ** 10 ** 7",
+  "python": "ready(); [time.sleep(0.01) for _ in iter(int, 1)]",
+  "no_python": "ready(); big = 10 ** 10 ** 8 // 7 ** 10 ** 7",
   "swallowed": """
+    ready()
     while True:
       try:
         time.sleep(0.01)
@@ -21,16 +22,19 @@ BUSY = {
   """,
   "polling": """
     with stop.polling() as asked:
+      ready()
       while not asked():
         time.sleep(0.01)
     raise Interrupted("stopped at step 3; saved")
   """,
   "deaf": """
     with stop.polling() as asked:
+      ready()
       while True: time.sleep(0.01)
   """,
   "saving": """
     with stop.polling(), stop.saving():
+      ready()
       for _ in range(25): time.sleep(0.1)
       print("written", flush=True)
     while True: time.sleep(0.01)
@@ -46,8 +50,10 @@ from maestro.errors import Interrupted
 from maestro.runs import stop
 stop.GRACE = 1.0
 
-def main(argv):
+def ready():
   print("ready", flush=True)
+
+def main(argv):
 {textwrap.indent(textwrap.dedent(body).strip(), "  ")}
 
 cli.run(main)
