@@ -19,6 +19,7 @@ import logging
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,6 +38,10 @@ _RECORD = "maestro"  # our key in orbax's custom metadata
 
 class CheckpointError(UserError):
   """A checkpoint cannot be written, or cannot be trusted."""
+
+
+class DamagedError(CheckpointError):
+  """A checkpoint does not hold what was saved."""
 
 
 def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
@@ -167,6 +172,15 @@ class Checkpoints:
       ) from error
     if not done:
       raise CheckpointError(f"orbax skipped {self.directory / str(step)}")
+
+  def set_aside(self, step: int) -> pathlib.Path:
+    """Renames a step, so that it is none any more; returns its new path."""
+    self.close()
+    old = self.directory / str(step)
+    new = old.with_name(f"{step}.damaged-{time.time_ns()}")
+    old.rename(new)
+    self._open()
+    return new
 
   def shapes(self, step: int) -> tuple[dict, dict]:
     """Return the saved leaves as ShapeDtypeStructs, and extra.
@@ -344,9 +358,10 @@ def _read_record(directory: pathlib.Path, step: int) -> dict:
       "has no readable maestro record (damaged, or not a checkpoint of"
       f" maestro): {_line(error)}"
     )
-    raise _broken(directory, step, what) from error
+    raise _broken(directory, step, what, DamagedError) from error
   if not good:
-    raise _broken(directory, step, "has a damaged record (digest differs)")
+    what = "has a damaged record (digest differs)"
+    raise _broken(directory, step, what, DamagedError)
   if record.get("step", step) != step:  # of an earlier version: not recorded
     what = f"holds step {record['step']}: give it its name back"
     raise _broken(directory, step, what)
@@ -372,11 +387,11 @@ def _read_leaves(
     leaves = {path: np.asarray(leaves[path]) for path in saved}
   except Exception as error:
     what = f"cannot be read: {_line(error)}"
-    raise _broken(directory, step, what) from error
+    raise _broken(directory, step, what, DamagedError) from error
   for path, x in leaves.items():
     if _digest(path, x) != record["leaves"][path]["digest"]:
       what = f"is damaged: leaf {path} is not what was saved (digest differs)"
-      raise _broken(directory, step, what)
+      raise _broken(directory, step, what, DamagedError)
   return leaves
 
 
@@ -385,9 +400,14 @@ def _resume(directory: pathlib.Path, step: int) -> str:
   return f"the previous step {older[-1]}" if older else "the start"
 
 
-def _broken(directory: pathlib.Path, step: int, what: str) -> CheckpointError:
+def _broken(
+  directory: pathlib.Path,
+  step: int,
+  what: str,
+  kind: type[CheckpointError] = CheckpointError,
+) -> CheckpointError:
   where = directory / str(step)
-  return CheckpointError(
+  return kind(
     f"checkpoint {where} {what}; delete {where} to resume from"
     f" {_resume(directory, step)}"
   )

@@ -86,11 +86,8 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
 
     # --- Resume from the newest checkpoint, or start --------------------------
-    if checkpoints.latest is None:
-      state, ledger = _start(t, c.discover.epochs, workdir)
-    else:
-      state, ledger = _resume(t, c.discover.epochs, checkpoints)
-      print(f"{workdir}: resuming from step {state.step} of {t.total_steps}")
+    resumed = _resume(t, c.discover.epochs, checkpoints)
+    state, ledger = resumed or _start(t, c.discover.epochs, workdir)
     started -= ledger.wall_seconds
     if state.ranks:
       ranks = state.ranks
@@ -255,14 +252,28 @@ def _start(
 
 def _resume(
   t: Training, discover_epochs: int, checkpoints: checkpoint.Checkpoints
-) -> tuple[TrainState, Ledger]:
-  step = checkpoints.latest
-  _, extra = checkpoints.shapes(step)
-  # A run of before methods could end discover early says no length.
-  ledger = Ledger(**({"discover_epochs": discover_epochs} | extra["ledger"]))
-  _, tx = t.optimizer(ledger.discover_epochs)
-  new_state = functools.partial(t.new_state, tx)
-  return restore(checkpoints, new_state)[0], ledger
+) -> tuple[TrainState, Ledger] | None:
+  """Loads the newest checkpoint that is whole; None if there is none.
+
+  One that is damaged is set aside: training repeats what came after the one
+  before it, to the same numbers.
+  """
+  while (step := checkpoints.latest) is not None:
+    try:
+      _, extra = checkpoints.shapes(step)
+      # A run of before methods could end discover early says no length.
+      known = {"discover_epochs": discover_epochs}
+      ledger = Ledger(**(known | extra["ledger"]))
+      _, tx = t.optimizer(ledger.discover_epochs)
+      state, _ = restore(checkpoints, functools.partial(t.new_state, tx))
+    except checkpoint.DamagedError as error:
+      aside = checkpoints.set_aside(step)
+      print(f"{str(error).partition(';')[0]}; set aside as {aside}")
+      continue
+    where = checkpoints.directory.parent
+    print(f"{where}: resuming from step {step} of {t.total_steps}")
+    return state, ledger
+  return None
 
 
 def _save(

@@ -522,24 +522,28 @@ def test_a_broken_json_file_is_named(name, tmp_path, reference):
 
 # Orbax drops its other reads when the first one fails, which asyncio reports.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_corrupt_newest_checkpoint_stops_the_run(tmp_path, reference):
+@pytest.mark.parametrize("damaged", ["the_newest", "all"])
+def test_damaged_checkpoints_are_set_aside_and_repeated(
+  damaged, tmp_path, reference, capsys
+):
   workdir = tmp_path / "run"
   shutil.copytree(reference, workdir)
   (workdir / "results.json").unlink()  # so that it is not finished
-  newest = workdir / "checkpoints" / "48"
+  steps = checkpoint.list_steps(workdir / "checkpoints")
+  bad = steps if damaged == "all" else steps[-1:]
   # Every data file: which of them holds an array, small ones share, varies.
-  for path in (newest / "state").rglob("*"):
-    if path.is_file() and "d" in path.parts:
+  for path in (workdir / "checkpoints").rglob("*"):
+    step = path.relative_to(workdir / "checkpoints").parts[0]
+    if path.is_file() and "d" in path.parts and int(step) in bad:
       content = bytearray(path.read_bytes())
       for i in range(len(content) // 2, len(content) // 2 + 8):
         content[i] ^= 255
       path.write_bytes(content)
-  with pytest.raises(UserError, match=r"checkpoints/48.*delete"):
-    train.train(config(), workdir)
-  assert not (workdir / "results.json").exists()
-  # The remedy that the message names works.
-  shutil.rmtree(newest)
   train.train(config(), workdir)
+  out = capsys.readouterr().out
+  for step in bad:
+    assert f"checkpoints/{step} " in out and f"aside as {workdir}" in out
+    assert list((workdir / "checkpoints").glob(f"{step}.damaged-*"))
   assert_same_run(workdir, reference)
 
 
