@@ -73,8 +73,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     if error.errno not in _FULL:
       raise
     print(
-      f"error: cannot write {error.filename}: {error.strerror}; free space or"
-      " choose another --workdir, then run the same command again",
+      f"error: cannot write {error.filename or 'a file of the run'}:"
+      f" {error.strerror}; free space or choose another --workdir, then run the"
+      " same command again",
       file=sys.stderr,
     )
     sys.exit(EXIT_ERROR)

@@ -94,7 +94,7 @@ ROOMS = (
   ),
   *("report", "training", "deploy"),
 )
-COMMANDS = ("main", "search", "allocate", "export")
+COMMANDS = ("main", "search", "allocate", "export", "chaos")
 LIBRARY = [path for path in FILES if _in(path, "maestro")]
 
 

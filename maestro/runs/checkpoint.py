@@ -19,6 +19,7 @@ import logging
 import os
 import pathlib
 import re
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -45,12 +46,20 @@ class DamagedError(CheckpointError):
 
 
 def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
-  return record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
+  return record.levelno == logging.WARNING or "/orbax/" not in record.pathname
 
 
-# Orbax logs some thirty INFO lines a save. A filter hides just these and leaves
-# the user's levels and handlers alone; adding it twice has no effect.
+def _report_unraisable(unraisable: Any, report=sys.unraisablehook) -> None:
+  if "Event loop is closed" not in str(unraisable.exc_value):
+    report(unraisable)
+
+
+# Orbax logs some thirty INFO lines a save, and pages of what it raises as well.
+# A filter hides just these and leaves the user's levels and handlers alone.
+# When one array of many fails, it closes its loop while the others go on, and
+# each of them has a traceback that nobody can catch.
 absl.logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
+sys.unraisablehook = _report_unraisable
 
 
 @dataclasses.dataclass
@@ -274,6 +283,18 @@ def load_params(directory, step: int | None = None) -> tuple:
   leaves = _read_leaves(directory, step, record, paths)
   tree = traverse_util.unflatten_dict(leaves, sep="/")
   return *(tree.get(name, {}) for name in names), record["extra"]
+
+
+def load_leaves(directory, step: int) -> tuple[dict[str, np.ndarray], dict]:
+  """Read all leaves of a step, {path: host array}, and extra.
+
+  Raises:
+    CheckpointError: the step is missing, broken or not ours.
+  """
+  directory = pathlib.Path(directory).absolute()
+  record = _read_record(directory, step)
+  paths = list(record["leaves"])
+  return _read_leaves(directory, step, record, paths), record["extra"]
 
 
 def list_steps(directory: pathlib.Path) -> list[int]:

@@ -52,7 +52,7 @@ def finished_results(workdir: pathlib.Path, config) -> dict | None:
   """
   path = workdir / "config.json"
   if not path.exists():
-    if (workdir / "checkpoints").exists():
+    if _has_checkpoint(workdir):
       raise WorkdirError(
         f"{workdir} has checkpoints but no config.json, so it is no directory"
         " of a run; choose another --workdir"

@@ -505,7 +505,7 @@ def test_a_workdir_below_a_file_is_refused(tmp_path):
 
 
 def test_a_directory_with_foreign_checkpoints_is_refused(tmp_path):
-  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "checkpoints" / "8").mkdir(parents=True)
   with pytest.raises(UserError, match=r"no config.json.*--workdir"):
     train.train(config(), tmp_path)
   assert not (tmp_path / "config.json").exists()
