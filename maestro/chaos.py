@@ -137,7 +137,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
   if values.config is None:
     raise UserError("--config=FILE is missing, e.g. configs/digits_od.py:smoke")
-  parse(values.config.to_dict())  # a wrong one shows now
+  parse(cli.config_of(values.config))  # a wrong one shows now
   name = config_flags.get_config_filename(values["config"])
   workdir = pathlib.Path(values.workdir or f"{default_workdir(name)}_chaos")
   if workdir.exists() and any(workdir.iterdir()):

@@ -4,14 +4,19 @@ import errno
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import ml_collections
 from absl import app, flags, logging
 
 from maestro.errors import Interrupted, UserError
 from maestro.runs import stop
 
 EXIT_ERROR = 2
-_FULL = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT)
+_FULL = (
+  *(errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT),
+  errno.ENAMETOOLONG,
+)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -35,6 +40,11 @@ def _parse(argv: list[str]) -> list[str]:
     raise UserError(f"{first}{lines[-1]}") from error
   except ValueError as error:  # raised by the config file itself
     raise UserError(f"--config: {error}") from error
+  except Exception as error:  # whatever a config file does
+    raise UserError(
+      f"--config: the file cannot be run: {type(error).__name__}:"
+      f" {' '.join(str(error).split())}"
+    ) from error
   config = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
   if config is not None and config.present:
     file = config.config_filename.partition(":")[0]
@@ -47,6 +57,20 @@ def _parse(argv: list[str]) -> list[str]:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   return rest
+
+
+def config_of(value: Any) -> dict:
+  """Returns what a config file gave as a dictionary.
+
+  Raises:
+    UserError: it is no ConfigDict.
+  """
+  if not isinstance(value, ml_collections.ConfigDict):
+    raise UserError(
+      f"--config: get_config returned a {type(value).__name__}; it must return"
+      " an ml_collections.ConfigDict"
+    )
+  return value.to_dict()
 
 
 def run(main: Callable[[list[str]], None]) -> None:

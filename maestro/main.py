@@ -59,6 +59,8 @@ def main(argv: list[str]) -> None:
   if _CONFIG.value is None and not (_EVALUATE.value and _WORKDIR.value):
     raise UserError("--config=FILE is missing, e.g. configs/digits_od.py")
   workdir = _WORKDIR.value
+  if workdir == "":
+    raise UserError("--workdir= is empty; name a directory, or leave it out")
   if workdir is None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = default_workdir(name)
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
       json.dumps(train.evaluate_workdir(workdir, _DATA_DIR.value), indent=1)
     )
     return
-  train.train(_CONFIG.value.to_dict(), workdir)
+  train.train(cli.config_of(_CONFIG.value), workdir)
 
 
 if __name__ == "__main__":

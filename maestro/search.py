@@ -378,7 +378,7 @@ def main(argv: list[str]) -> None:
     workdir = f"{default_workdir(name)}_search"
 
   criterion = {flag: values[flag].value for flag in _FLAGS}
-  record = search(values.config.to_dict(), workdir, criterion)
+  record = search(cli.config_of(values.config), workdir, criterion)
   if record["chosen"] is None:
     sys.exit(EXIT_NONE_SUITS)
 

@@ -64,9 +64,9 @@ def _refused(path, names):
     forbid(_uses(names, "flax.linen"), "Linen stays in nn, models, adapt")
   if _in(path, "maestro/models"):
     ours = _uses(names, "maestro") - {"maestro"}
-    for name in ("maestro.nn", "maestro.models", "maestro.errors"):
-      ours -= _uses(names, name)
-    forbid(ours, "models import only maestro.nn (and errors)")
+    for name in ("nn", "models", "errors", "schema"):
+      ours -= _uses(names, f"maestro.{name}")
+    forbid(ours, "models import only maestro.nn (and errors, schema)")
   if not _in(
     path, "maestro/main.py", "maestro/search.py", "experiments", "tests"
   ):

@@ -136,6 +136,64 @@ def test_default_workdir(config, workdir):
   assert re.sub(",", "_", str(found)) == workdir
 
 
+CONFIG_FILES = {
+  "raises": ("def get_config(arg=''):\n  return 1 / 0", "ZeroDivisionError"),
+  "returns_a_dict": ("def get_config(arg=''):\n  return {}", "returned a dict"),
+  "no_python": ("def get_config(:", "SyntaxError"),
+  "imports": ("import nothing_there", "nothing_there"),
+  "no_function": ("x = 1", "get_config"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_a_config_file_that_cannot_be_used_is_told_in_one_line(
+  name, command, tmp_path
+):
+  text, word = CONFIG_FILES[name]
+  path = tmp_path / "config.py"
+  path.write_text(text)
+  code, _, err = command(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+  assert code == 2 and word in err and "--config" in err
+  assert len(err.strip().splitlines()) == 1
+  assert not (tmp_path / "run").exists()
+
+
+RANGES = {
+  "truncate.min_saving": "-5",
+  "optimizer.weight_decay": "nan",
+  "optimizer.momentum": "1.0",
+  "discover.schedule.learning_rate": "-1",
+  "model.features": "(0,)",
+  "seed": str(2**70),
+  "threshold": "inf",
+  "batch_size": "0",
+}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_value_out_of_range_is_told_before_anything_is_written(
+  key, command, tmp_path
+):
+  code, _, err = command(
+    f"--config={CONFIG}",
+    f"--config.{key}={RANGES[key]}",
+    f"--workdir={tmp_path / 'run'}",
+  )
+  assert code == 2 and f"config.{key}" in err
+  assert len(err.strip().splitlines()) == 1
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workdir", ["", "a" * 300])
+def test_a_workdir_that_cannot_be_is_told_in_one_line(
+  workdir, command, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  code, _, err = command(f"--config={CONFIG}", f"--workdir={workdir}")
+  assert code == 2 and "workdir" in err
+  assert len(err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_run_exits_with_75(command, monkeypatch, tmp_path):
   def stopped(*_):
     raise Interrupted("stopped at step 3 of 9")

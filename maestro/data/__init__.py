@@ -6,7 +6,6 @@ device. Nothing here downloads.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 
@@ -17,6 +16,7 @@ import numpy as np
 from maestro import streams
 from maestro.data import digits, image, synthetic
 from maestro.data.dataset import DataError, Dataset, Split
+from maestro.schema import bind, choose
 
 __all__ = [
   "DATASETS",
@@ -48,26 +48,15 @@ def make(
     **options: The keyword arguments of `DATASETS[name]`; None means default.
 
   Raises:
-    DataError: If the name or an option is unknown, an option is out of range,
-      or the data cannot be read.
+    ConfigError: If the name or an option is unknown or out of range.
+    DataError: If the data cannot be read, or options do not go together.
   """
-  if name not in DATASETS:
-    raise DataError(
-      f"config.data.name={name!r} is unknown."
-      f"{_did_you_mean(name, DATASETS)} Known: {', '.join(DATASETS)}"
-    )
-  load = DATASETS[name]
-  accepted = inspect.signature(load).parameters
-  for key in options:
-    if key not in accepted:
-      raise DataError(
-        f"config.data.{key} is not an option of {name!r}."
-        f"{_did_you_mean(key, accepted)}"
-        f" Accepted: {', '.join(accepted) or 'none'}"
-      )
-  if "data_dir" in accepted:
-    options["data_dir"] = data_dir
-  return load(**{k: v for k, v in options.items() if v is not None})
+  section = {"name": name, "data_dir": data_dir, **options}
+  load, options = choose(DATASETS, section, "config.data")
+  if "data_dir" not in inspect.signature(load).parameters:
+    del options["data_dir"]
+  given = {k: v for k, v in options.items() if v is not None}
+  return load(**bind(load, given, "config.data"))
 
 
 def epoch_order(
@@ -86,8 +75,3 @@ def choice(seed: int, size: int) -> np.ndarray:
   """Returns a permutation [size] to choose examples by, of no epoch's order."""
   key = streams.stream(seed, "choice")
   return np.asarray(jax.random.permutation(key, size))
-
-
-def _did_you_mean(word, known):
-  close = difflib.get_close_matches(str(word), known, n=1)
-  return f" Did you mean {close[0]!r}?" if close else ""

@@ -18,13 +18,14 @@ from PIL import Image
 
 from maestro.data import augment
 from maestro.data.dataset import DataError, Dataset, Split
+from maestro.schema import Count
 
 
 def cifar10(
   *,
-  data_dir=None,
-  val_examples: int = 5000,
-  train_examples: int | None = None,
+  data_dir: str | os.PathLike | None = None,
+  val_examples: Count = 5000,
+  train_examples: Count | None = None,
 ) -> Dataset:
   """Load CIFAR-10: 32x32x3 uint8, 10 classes; see `_load`.
 
@@ -42,9 +43,9 @@ def cifar10(
 
 def fashion_mnist(
   *,
-  data_dir=None,
-  val_examples: int = 5000,
-  train_examples: int | None = None,
+  data_dir: str | os.PathLike | None = None,
+  val_examples: Count = 5000,
+  train_examples: Count | None = None,
 ) -> Dataset:
   """Load Fashion-MNIST: 28x28x1 uint8, 10 classes; see `_load`."""
   preprocess = functools.partial(standardize, mean=0.2860, std=0.3530)
@@ -55,9 +56,9 @@ def fashion_mnist(
 
 def mnist(
   *,
-  data_dir=None,
-  val_examples: int = 5000,
-  train_examples: int | None = None,
+  data_dir: str | os.PathLike | None = None,
+  val_examples: Count = 5000,
+  train_examples: Count | None = None,
 ) -> Dataset:
   """Load MNIST: 28x28x1 uint8, 10 classes; see `_load`."""
   preprocess = functools.partial(standardize, mean=0.1307, std=0.3081)
@@ -111,14 +112,6 @@ def _load(name, data_dir, val_examples, train_examples, preprocess) -> Dataset:
     DataError: If the set is missing, damaged or not in a random-access format,
       or `val_examples` or `train_examples` is out of range.
   """
-  for key, value in (
-    ("val_examples", val_examples),
-    ("train_examples", train_examples),
-  ):
-    if value is None and key == "train_examples":
-      continue
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-      raise DataError(f"config.data.{key}={value!r} must be a positive integer")
   directory = _find(name, data_dir)
   try:
     train, test = _open(directory, "train"), _open(directory, "test")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from maestro.data.dataset import DataError, Dataset, Split, identity
+from maestro.schema import Count, Natural, Weight
 
 
 def linear(
   *,
-  in_features: int = 9,
-  out_features: int = 6,
-  rank: int = 3,
-  examples: int | None = None,
-  inputs: str = "ball",
-  target: str = "map",
-  noise: float = 0.0,
-  seed: int = 0,
+  in_features: Count = 9,
+  out_features: Count = 6,
+  rank: Count = 3,
+  examples: Count | None = None,
+  inputs: Literal["ball", "identity", "orthonormal"] = "ball",
+  target: Literal["map", "input"] = "map",
+  noise: Weight = 0.0,
+  seed: Natural = 0,
 ) -> Dataset:
   """Draw inputs x and targets y = x A (or y = x, an autoencoder).
 
@@ -44,30 +47,18 @@ def linear(
   Raises:
     DataError: If an option is out of range.
   """
-  for key, value, choices in (
-    ("inputs", inputs, ("ball", "identity", "orthonormal")),
-    ("target", target, ("map", "input")),
-  ):
-    if value not in choices:
-      raise DataError(
-        f"config.data.{key}={value!r} must be one of {', '.join(choices)}"
-      )
-  if in_features < 1:
-    raise DataError(f"config.data.in_features={in_features} must be at least 1")
   if examples is None:
     examples = 1024 if inputs == "ball" else in_features
-  if examples < 1 or (inputs == "orthonormal" and examples > in_features):
+  if inputs == "orthonormal" and examples > in_features:
     raise DataError(
-      f"config.data.examples={examples} must be at least 1 and, for orthonormal"
-      f" inputs, at most config.data.in_features={in_features}"
+      f"config.data.examples={examples} must be at most"
+      f" config.data.in_features={in_features} for orthonormal inputs"
     )
   if inputs == "identity" and examples != in_features:
     raise DataError(
       f"config.data.examples={examples} must be left out or equal"
       f" config.data.in_features={in_features}: identity inputs are its rows"
     )
-  if noise < 0:
-    raise DataError(f"config.data.noise={noise} must not be negative")
 
   matrix = (
     make_map(in_features, out_features, rank, seed=seed)

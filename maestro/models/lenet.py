@@ -7,6 +7,7 @@ import jax
 
 from maestro import nn
 from maestro.errors import UserError
+from maestro.schema import Count
 
 KERNEL_INITS = {
   "lecun_normal": linen.initializers.lecun_normal(),
@@ -27,7 +28,7 @@ class LeNet(linen.Module):
     dtype: of the computation; None follows the inputs. Parameters stay float32.
   """
 
-  num_classes: int
+  num_classes: Count
   kernel_init: str = "lecun_normal"
   dtype: str | None = None
 

@@ -4,6 +4,7 @@ import flax.linen as linen
 import jax
 
 from maestro import nn
+from maestro.schema import Count
 
 
 class LinearMap(linen.Module):
@@ -17,7 +18,7 @@ class LinearMap(linen.Module):
     dtype: of the computation; None follows the inputs. Parameters stay float32.
   """
 
-  features: int
+  features: Count
   dtype: str | None = None
 
   @linen.compact

@@ -6,6 +6,7 @@ import flax.linen as linen
 import jax
 
 from maestro import nn
+from maestro.schema import Count
 
 
 class MLP(linen.Module):
@@ -17,8 +18,8 @@ class MLP(linen.Module):
     dtype: of the computation; None follows the inputs. Parameters stay float32.
   """
 
-  num_classes: int
-  features: Sequence[int] = (256, 128)
+  num_classes: Count
+  features: Sequence[Count] = (256, 128)
   dtype: str | None = None
 
   @linen.compact

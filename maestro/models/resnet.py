@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from maestro import nn
 from maestro.errors import UserError
+from maestro.schema import Count
 
 _CONV_INIT = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
 _DENSE_INIT = linen.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -62,10 +63,10 @@ class ResNet18(linen.Module):
     dtype: of the computation; None follows the inputs. Parameters stay float32.
   """
 
-  num_classes: int
+  num_classes: Count
   stem: str = "cifar"
-  width: int = 64
-  stage_sizes: Sequence[int] = (2, 2, 2, 2)
+  width: Count = 64
+  stage_sizes: Sequence[Count] = (2, 2, 2, 2)
   dtype: str | None = None
 
   @linen.compact
@@ -116,4 +117,4 @@ class ResNet18(linen.Module):
 class ResNet34(ResNet18):
   """ResNet-34: as `ResNet18` with 3, 4, 6 and 3 blocks."""
 
-  stage_sizes: Sequence[int] = (3, 4, 6, 3)
+  stage_sizes: Sequence[Count] = (3, 4, 6, 3)

@@ -4,6 +4,7 @@ import flax.linen as linen
 import jax
 
 from maestro import nn
+from maestro.schema import Count
 
 _CONV_INIT = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
 _DENSE_INIT = linen.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -23,8 +24,8 @@ class VGG19(linen.Module):
     dtype: of the computation; None follows the inputs. Parameters stay float32.
   """
 
-  num_classes: int
-  width: int = 64
+  num_classes: Count
+  width: Count = 64
   dtype: str | None = None
 
   @linen.compact

@@ -13,6 +13,8 @@ import pytest
 
 from maestro import data
 from maestro.data import image, synthetic
+from maestro.errors import UserError
+from maestro.schema import ConfigError
 
 # --- epoch_order ---
 
@@ -51,17 +53,17 @@ def test_epoch_order_is_pinned():
 
 
 def test_make_names_the_nearest_data_set():
-  with pytest.raises(data.DataError, match=r"Did you mean 'mnist'\?.*linear"):
+  with pytest.raises(ConfigError, match=r"did you mean 'mnist'\?.*linear"):
     data.make("mnits")
 
 
 def test_make_names_the_unknown_option():
   with pytest.raises(
-    data.DataError,
-    match=r"config\.data\.val_example .*'val_examples'\?.*data_dir",
+    ConfigError,
+    match=r"config\.data\.val_example: .*'val_examples'\?.*data_dir",
   ):
     data.make("mnist", val_example=3)
-  with pytest.raises(data.DataError, match=r"config\.data\.rank .*none"):
+  with pytest.raises(ConfigError, match=r"config\.data\.rank: unknown key"):
     data.make("digits", rank=3)
 
 
@@ -234,7 +236,7 @@ def test_a_format_without_random_access_names_the_remedy(tmp_path):
 @pytest.mark.parametrize("val_examples", [0, -1, 0.1, TRAIN, TRAIN + 1])
 def test_val_examples_are_checked(tmp_path, val_examples):
   write_images(tmp_path)
-  with pytest.raises(data.DataError, match=r"config\.data\.val_examples="):
+  with pytest.raises(UserError, match=r"config\.data\.val_examples[=:]"):
     data.make("mnist", data_dir=tmp_path, val_examples=val_examples)
 
 
@@ -256,7 +258,7 @@ def test_train_examples_are_the_first(tmp_path, name):
 @pytest.mark.parametrize("train_examples", [0, -1, 2.5, True, TRAIN - 3])
 def test_train_examples_are_checked(tmp_path, train_examples):
   write_images(tmp_path, "cifar10", shape=(32, 32, 3))
-  with pytest.raises(data.DataError, match=r"config\.data\.train_examples="):
+  with pytest.raises(UserError, match=r"config\.data\.train_examples[=:]"):
     data.make(
       "cifar10",
       data_dir=tmp_path,
@@ -405,10 +407,12 @@ def test_linear_noise_has_its_scale():
     ({"inputs": "identity", "examples": 8}, "examples"),
     ({"inputs": "orthonormal", "examples": 10}, "examples"),
     ({"noise": -1.0}, "noise"),
+    ({"noise": float("nan")}, "noise"),
+    ({"seed": -1}, "seed"),
   ],
 )
 def test_linear_options_are_checked(options, key):
-  with pytest.raises(data.DataError, match=rf"config\.data\.{key}="):
+  with pytest.raises(UserError, match=rf"config\.data\.{key}[=:]"):
     data.make("linear", **options)
 
 
