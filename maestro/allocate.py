@@ -32,8 +32,9 @@ from absl import flags
 from maestro import cli
 from maestro import data as data_lib
 from maestro.cost.budget import Budget
-from maestro.deploy.choose import RULES, Options, allocate, draw, table
+from maestro.deploy.choose import RULES, Options, allocate
 from maestro.errors import UserError
+from maestro.report import pareto
 from maestro.runs import provenance
 from maestro.runs import workdir as workdir_lib
 from maestro.training import build
@@ -102,8 +103,10 @@ def main(argv: list[str]) -> None:
     "rows": rows,
   }
   workdir_lib.write_json(out / "pareto.json", record)
-  draw(record, out / "pareto.png")
-  print(f"\n{table(rows)}\n\n{out / 'pareto.json'}, {out / 'pareto.png'}")
+  pareto.draw(record, out / "pareto.png")
+  print(
+    f"\n{pareto.table(rows)}\n\n{out / 'pareto.json'}, {out / 'pareto.png'}"
+  )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """Ranks of a trained run for budgets: losses to measure, rules to apply."""
 
 import dataclasses
-import pathlib
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.figure
 import numpy as np
 
 from maestro import data as data_lib
@@ -28,13 +26,10 @@ from maestro.cost.count import count_cost
 from maestro.cost.latency import measure_latency
 from maestro.errors import UserError
 from maestro.parallel.mesh import make_mesh
-from maestro.report import style
-from maestro.report import tables as report
 from maestro.training import build
 from maestro.training import losses as losses_lib
 
 RULES = ("uniform", "threshold", "energy", "greedy", "dp")
-_MEASURING = ("greedy", "dp")
 # What a search may cost if not told: MACs of the dense network's forward pass.
 # About ten minutes on two CPU cores for ResNet-18, whose forty are the least.
 _WORK = 4e13
@@ -72,115 +67,161 @@ class Options:
 
 
 # ---------------------------------------------------------------------------
-# Losses
+# What rules ask
 # ---------------------------------------------------------------------------
 
 
-def make_losses(
-  run: build.Run,
-  dataset: data_lib.Dataset,
-  options: Options,
-  progress: Callable[[float], None] = lambda share: None,
-) -> tuple[rank_rules.Loss, rank_rules.Loss]:
-  """Returns loss(profile) on a batch of training examples, and on a quarter.
+def _remembered(function: Callable[[Ranks], float]) -> Callable[[Ranks], float]:
+  """Calls a function of a profile once for each profile."""
+  known = functools.cache(lambda items: function(dict(items)))
+  return lambda ranks: known(tuple(sorted(ranks.items())))
 
-  Networks are evaluated with all layers merged after the cut: one compilation
-  for all profiles, and a whole network at its dense cost instead of twice that.
-  Batch norm uses the statistics of the examples at hand (at most 512 at a
-  time), which are those of the network that is judged; no augmentation.
 
-  Args:
-    run: a trained network.
-    dataset: of the run.
-    options: batch and seed are read.
-    progress: told after each evaluation what share of the batch it used.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Oracle:
+  """Answers what rules ask about a run: its costs, losses and latencies.
+
+  Attributes:
+    run: from `maestro.training.build.open_run`.
+    dataset: of the run; only losses need it.
+    options: see `Options`.
+    measure: as `measure_latency`.
+    log: called with lines about the progress of what takes long.
   """
-  split = dataset.train
-  size = min(options.batch, len(split))
-  now = budget_lib.current(run.layers, run.params, run.ranks)
-  chosen = data_lib.choice(options.seed, len(split))[:size]
-  inputs, targets = split.inputs[chosen], split.targets[chosen]
-  function = losses_lib.LOSSES[run.config.loss]
-  params = jax.device_put(run.params)
 
-  @jax.jit
-  def merge(params, ranks):
-    return lowrank.merge(lowrank.mask(params, ranks), run.layers)
+  run: build.Run
+  dataset: data_lib.Dataset | None = None
+  options: Options = Options()
+  measure: Callable[..., float] = measure_latency
+  log: Callable[[str], None] | None = None
 
-  @jax.jit
-  def total(params, x, y):
-    x, variables = dataset.preprocess(x), {"params": params}
-    if not run.batch_stats:
-      return jnp.sum(function(run.model.apply(variables, x, train=False), y))
-    outputs, _ = run.model.apply(
-      variables | {"batch_stats": run.batch_stats},
-      x,
-      train=True,
-      rngs={"dropout": jax.random.key(0)},  # the same for all networks
-      mutable=["batch_stats"],
+  @functools.cached_property
+  def now(self) -> dict[str, np.ndarray]:
+    """{path: current rank}."""
+    return budget_lib.current(self.run.layers, self.run.params, self.run.ranks)
+
+  def tree(self, ranks: Ranks) -> dict:
+    """The rank tree of a profile."""
+    return budget_lib.rank_tree(self.now, ranks)
+
+  def variables(self, ranks: Ranks) -> dict:
+    """The network at these ranks, as it would be exported."""
+    run = self.run
+    small = lowrank.extract(run.params, self.tree(ranks), run.layers)
+    norms = {"batch_stats": run.batch_stats} if run.batch_stats else {}
+    return {"params": small, **norms}
+
+  def tables(self, kind: str) -> Tables:
+    """What each rank of each layer costs."""
+    return budget_lib.cost_tables(
+      self.run.layers,
+      self.run.params,
+      self.run.ranks,
+      kind,
+      multiple_of=self.options.multiple_of,
     )
-    return jnp.sum(function(outputs, y))
 
-  def make(n: int) -> rank_rules.Loss:
-    known: dict[tuple[int, ...], float] = {}
+  @functools.cached_property
+  def latency(self) -> Callable[[Ranks], float]:
+    """Measures a profile's forward pass, in milliseconds."""
 
-    def loss(ranks: Ranks) -> float:
-      key = tuple(ranks.values())
-      if key not in known:
-        merged = merge(params, budget_lib.rank_tree(now, ranks))
-        # Of equal size, or the statistics of a last, small one would be poor.
-        chunks = np.array_split(np.arange(n), -(-n // _CHUNK))
-        sums = [total(merged, inputs[i], targets[i]) for i in chunks]
-        known[key] = float(sum(sums)) / n
+    def latency(ranks: Ranks) -> float:
+      found = self.measure(
+        self.run.model,
+        self.variables(ranks),
+        self.run.facts.example,
+        batch_size=self.options.latency_batch_size,
+        repeats=self.options.latency_repeats,
+      )
+      if self.log:
+        macs = self.tables("macs").total(ranks)
+        self.log(f"latency: {found:.4g} ms at {macs:,} MACs")
+      return found
+
+    return _remembered(latency)
+
+  def losses(
+    self, progress: Callable[[float], None] = lambda share: None
+  ) -> tuple[rank_rules.Loss, rank_rules.Loss]:
+    """Returns loss(profile) on a batch of training examples; on a quarter.
+
+    Networks are evaluated with all layers merged after the cut: one compilation
+    for all profiles, and a whole network at its dense cost instead of twice
+    that. Batch norm uses the statistics of the examples at hand (at most 512 at
+    a time), which are those of the network that is judged; no augmentation.
+
+    Args:
+      progress: told after each evaluation what share of the batch it used.
+    """
+    if self.dataset is None:
+      raise UserError(
+        "to measure losses on training examples needs the data set; without it,"
+        " use --rule=uniform, threshold or energy"
+      )
+    run, preprocess = self.run, self.dataset.preprocess
+    split = self.dataset.train
+    size = min(self.options.batch, len(split))
+    chosen = data_lib.choice(self.options.seed, len(split))[:size]
+    inputs, targets = split.inputs[chosen], split.targets[chosen]
+    function = losses_lib.LOSSES[run.config.loss]
+    params = jax.device_put(run.params)
+
+    @jax.jit
+    def merge(params, ranks):
+      return lowrank.merge(lowrank.mask(params, ranks), run.layers)
+
+    @jax.jit
+    def total(params, x, y):
+      x, variables = preprocess(x), {"params": params}
+      if not run.batch_stats:
+        return jnp.sum(function(run.model.apply(variables, x, train=False), y))
+      outputs, _ = run.model.apply(
+        variables | {"batch_stats": run.batch_stats},
+        x,
+        train=True,
+        rngs={"dropout": jax.random.key(0)},  # the same for all networks
+        mutable=["batch_stats"],
+      )
+      return jnp.sum(function(outputs, y))
+
+    def make(n: int) -> rank_rules.Loss:
+      # Of equal size, or the statistics of a last, small one would be poor.
+      chunks = np.array_split(np.arange(n), -(-n // _CHUNK))
+
+      def loss(ranks: Ranks) -> float:
+        merged = merge(params, self.tree(ranks))
+        found = sum(total(merged, inputs[i], targets[i]) for i in chunks)
         progress(n / size)
-      return known[key]
+        return float(found) / n
 
-    # The order of a profile's layers is the key of what is known.
-    return lambda ranks: loss({path: ranks[path] for path in now})
+      return _remembered(loss)
 
-  return make(size), make(max(size // 4, 1))
+    return make(size), make(max(size // 4, 1))
 
 
 # ---------------------------------------------------------------------------
-# Ranks
+# Rules
 # ---------------------------------------------------------------------------
 
 
 def _profiles(
-  run: build.Run,
-  tables: Tables,
-  limits: Sequence[int],
-  rule: str,
-  dataset: data_lib.Dataset | None,
-  options: Options,
-  log: Callable[[str], None] | None,
+  oracle: Oracle, rule: str, tables: Tables, limits: Sequence[int]
 ) -> list[Ranks]:
   """Applies a rule to several limits of one kind of cost."""
-  ranks = budget_lib.rank_tree(
-    budget_lib.current(run.layers, run.params, run.ranks), tables.whole
-  )
-  if rule not in _MEASURING:
-    levels = {
-      "uniform": lambda: rank_rules.uniform_levels(tables),
-      "threshold": lambda: rank_rules.threshold_levels(
-        tables, run.params, ranks
-      ),
-      "energy": lambda: rank_rules.energy_levels(tables, run.params, ranks),
-    }[rule]()
+  run, options = oracle.run, oracle.options
+  if rule in ("uniform", "threshold", "energy"):
+    if rule == "uniform":
+      levels = rank_rules.uniform_levels(tables)
+    else:
+      make = getattr(rank_rules, f"{rule}_levels")
+      levels = make(tables, run.params, oracle.tree(tables.whole))
     return [rank_rules.by_level(tables, levels, limit) for limit in limits]
-  if dataset is None:
-    raise UserError(
-      f"--rule={rule} measures losses on training examples: it needs the data"
-      " set; without it, use uniform, threshold or energy"
-    )
   layers, evaluations = len(tables.costs), options.evaluations
   if evaluations is None:
     macs = budget_lib.dense_cost(run.layers, run.params).macs
     evaluations = int(_WORK / (max(macs, 1) * options.batch))
     evaluations = min(max(evaluations, _EVALUATIONS[0]), _EVALUATIONS[1])
-  loss, quarter = make_losses(
-    run, dataset, options, _progress(evaluations, log)
-  )
+  loss, quarter = oracle.losses(_progress(evaluations, oracle.log))
   # Enough ranks of each layer are worth more than enough examples.
   if rule == "greedy":
     half = evaluations // 2
@@ -243,73 +284,31 @@ def _meet_latency(
 
 
 def _choose(
-  run: build.Run,
-  budgets: Sequence[Budget],
-  rule: str,
-  dataset: data_lib.Dataset | None,
-  options: Options,
-  measure: Callable[..., float],
-  log: Callable[[str], None] | None,
-) -> list[tuple[Ranks, float | None]]:
-  """Returns (profile, measured latency) for each budget."""
+  oracle: Oracle, rule: str, budgets: Sequence[Budget | str]
+) -> list[tuple[Budget, Ranks]]:
+  """Returns each budget with its profile."""
   if rule not in RULES:
     raise UserError(f"--rule={rule}: unknown; use one of {', '.join(RULES)}")
-  now = budget_lib.current(run.layers, run.params, run.ranks)
-
-  def tabulate(kind: str) -> Tables:
-    return budget_lib.cost_tables(
-      run.layers, run.params, run.ranks, kind, multiple_of=options.multiple_of
-    )
-
-  found: dict[Budget, tuple[Ranks, float | None]] = {}
-  kinds = {kind: [b for b in budgets if b.kind == kind] for kind in COSTS}
-  tables = {kind: tabulate(kind) for kind in COSTS if kinds[kind]}
+  wanted = [Budget.parse(b) if isinstance(b, str) else b for b in budgets]
+  kinds = {kind: [b for b in wanted if b.kind == kind] for kind in COSTS}
+  tables = {kind: oracle.tables(kind) for kind in COSTS if kinds[kind]}
   # Bad budgets show before a search begins.
   limits = {k: [t.limit(b) for b in kinds[k]] for k, t in tables.items()}
+  found: dict[Budget, Ranks] = {}
   for kind, table in tables.items():
-    chosen = _profiles(run, table, limits[kind], rule, dataset, options, log)
-    found |= {b: (r, None) for b, r in zip(kinds[kind], chosen, strict=True)}
-  if slow := [b for b in budgets if b.kind == LATENCY]:
-    table = tabulate("macs")
+    chosen = _profiles(oracle, rule, table, limits[kind])
+    found |= zip(kinds[kind], chosen, strict=True)
+  if slow := [b for b in wanted if b.kind == LATENCY]:
+    table = oracle.tables("macs")
     high, low = table.total(table.whole), table.total(table.smallest)
     steps = np.linspace(high, low, _CHAIN).astype(int).tolist()
-    chain = _profiles(run, table, steps, rule, dataset, options, log)
-    known: dict[tuple[int, ...], float] = {}
-
-    def latency(ranks: Ranks) -> float:
-      key = tuple(ranks[path] for path in now)
-      if key not in known:
-        tree = budget_lib.rank_tree(now, ranks)
-        small = lowrank.extract(run.params, tree, run.layers)
-        variables = {"params": small}
-        if run.batch_stats:
-          variables["batch_stats"] = run.batch_stats
-        known[key] = measure(
-          run.model,
-          variables,
-          run.facts.example,
-          batch_size=options.latency_batch_size,
-          repeats=options.latency_repeats,
-        )
-        if log:
-          log(f"latency: {known[key]:.4g} ms at {table.total(ranks):,} MACs")
-      return known[key]
-
-    for b in slow:
-      ranks = _meet_latency(chain, b, latency)
-      found[b] = ranks, latency(ranks)
-  return [found[b] for b in budgets]
+    chain = _profiles(oracle, rule, table, steps)
+    found |= {b: _meet_latency(chain, b, oracle.latency) for b in slow}
+  return [(b, found[b]) for b in wanted]
 
 
 def choose_ranks(
-  run: build.Run,
-  budget: Budget | str,
-  *,
-  rule: str = "greedy",
-  dataset: data_lib.Dataset | None = None,
-  measure: Callable[..., float] = measure_latency,
-  log: Callable[[str], None] | None = None,
-  **options: Any,
+  run: build.Run, budget: Budget | str, *, rule: str = "greedy", **options: Any
 ) -> dict:
   """Chooses the ranks of a run for a budget: a rank tree.
 
@@ -317,23 +316,13 @@ def choose_ranks(
     run: from `maestro.training.build.open_run`.
     budget: see `Budget`.
     rule: of `RULES`.
-    dataset: of the run; only greedy and dp need it.
-    measure: as `measure_latency`, for a latency budget.
-    log: called with lines about the progress of a long search.
-    **options: see `Options`.
+    **options: dataset (only greedy and dp need it), measure and log of
+      `Oracle`; fields of `Options`.
 
   Raises:
     UserError: the budget cannot be met or an option does not fit.
   """
-  (tree,) = choose_profiles(
-    run,
-    [budget],
-    rule=rule,
-    dataset=dataset,
-    measure=measure,
-    log=log,
-    **options,
-  )
+  (tree,) = choose_profiles(run, [budget], rule=rule, **options)
   return tree
 
 
@@ -352,11 +341,8 @@ def choose_profiles(
   Budgets of one kind give nested profiles, by every rule; chosen one by one,
   those of greedy and dp need not be.
   """
-  parsed = [Budget.parse(b) if isinstance(b, str) else b for b in budgets]
-  settings = Options(**options)
-  chosen = _choose(run, parsed, rule, dataset, settings, measure, log)
-  now = budget_lib.current(run.layers, run.params, run.ranks)
-  return [budget_lib.rank_tree(now, ranks) for ranks, _ in chosen]
+  oracle = Oracle(run, dataset, Options(**options), measure, log)
+  return [oracle.tree(ranks) for _, ranks in _choose(oracle, rule, budgets)]
 
 
 def allocate(
@@ -392,120 +378,31 @@ def allocate(
   Raises:
     UserError: a budget cannot be met or an option does not fit.
   """
-  parsed = [Budget.parse(b) if isinstance(b, str) else b for b in budgets]
-  settings = Options(**options)
-  chosen = _choose(run, parsed, rule, dataset, settings, measure, log)
+  oracle = Oracle(run, dataset, Options(**options), measure, log)
+  chosen = _choose(oracle, rule, budgets)
   mesh = make_mesh(1)
   evaluate = build.make_evaluator(run.config, run.model, dataset, mesh)
   recalibrate = build.make_recalibrator(run.config, run.model, dataset, mesh)
-  now = budget_lib.current(run.layers, run.params, run.ranks)
   dense = budget_lib.dense_cost(run.layers, run.params)
-  whole = {path: int(np.max(rank, initial=0)) for path, rank in now.items()}
+  whole = {path: int(np.max(r, initial=0)) for path, r in oracle.now.items()}
   rows = []
-  for b, (ranks, latency) in zip(
-    [None, *parsed], [(whole, None), *chosen], strict=True
-  ):
-    tree = budget_lib.rank_tree(now, ranks)
-    small = lowrank.extract(run.params, tree, run.layers)
-    variables = {"params": small}
-    if run.batch_stats:
-      variables["batch_stats"] = run.batch_stats
-    cost = count_cost(run.layers, small)
+  for b, ranks in [(None, whole), *chosen]:
+    variables = oracle.variables(ranks)
+    cost = count_cost(run.layers, variables["params"])
+    tree = trees.flatten_ranks(oracle.tree(ranks))
     row: dict[str, Any] = {
       "budget": None if b is None else str(b),
-      "ranks": {
-        path: np.asarray(rank).tolist()
-        for path, rank in trees.flatten_ranks(tree).items()
-      },
+      "ranks": {path: np.asarray(rank).tolist() for path, rank in tree.items()},
       "cost": {kind: getattr(cost, kind) for kind in COSTS},
       "fraction": {
         kind: getattr(cost, kind) / getattr(dense, kind) for kind in COSTS
       },
     }
-    if latency is not None:
-      row["latency_ms"] = latency
+    if b is not None and b.kind == LATENCY:
+      row["latency_ms"] = oracle.latency(ranks)
     row |= evaluate(recalibrate(variables), dataset.val)
     rows.append(row)
     if log:
       name = "the whole checkpoint" if b is None else str(b)
       log(f"{name}: {row['cost']['macs']:,} MACs, loss {row['loss']:.4f}")
   return rows
-
-
-# ---------------------------------------------------------------------------
-# Reports
-# ---------------------------------------------------------------------------
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Lays rows of `allocate` out as text."""
-  scores = [s for s in ("accuracy", "loss") if s in rows[0]]
-  timed = any("latency_ms" in row for row in rows)
-  head = ["budget", "params", "% of dense", "MACs", "% of dense"]
-  head += ["ms"] * timed + [f"val {s}{' %' * (s != 'loss')}" for s in scores]
-  cells = [head]
-  for row in rows:
-    line = [row["budget"] or "(whole)"]
-    for kind in ("params", "macs"):
-      line += [f"{row['cost'][kind]:,}", f"{100 * row['fraction'][kind]:.1f}"]
-    if timed:
-      line.append(f"{row['latency_ms']:.4g}" if "latency_ms" in row else "")
-    line += [
-      f"{row[s]:.4f}" if s == "loss" else f"{100 * row[s]:.2f}" for s in scores
-    ]
-    cells.append(line)
-  return "\n".join(report.align(cells, left=(0,)))
-
-
-def draw(record: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Draws validation loss against cost, one line for each kind of cost."""
-  rows = record["rows"]
-  whole, cut = rows[0], rows[1:]
-  kinds = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
-  shown = [k for k in kinds if any(r["budget"].startswith(k) for r in cut)]
-  shown = shown or ["macs"]
-  with matplotlib.rc_context(style.STYLE):
-    figure = matplotlib.figure.Figure(
-      figsize=(0.6 + 5.4 * len(shown), 3.8), layout="constrained"
-    )
-    figure.suptitle(
-      f"{record['run']}, {record['checkpoint']}, {record['rule']}", fontsize=9
-    )
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axes, kind in zip(panels, shown, strict=True):
-      own = [
-        row
-        for row in cut
-        if row["budget"].startswith((kind, LATENCY) if kind == "macs" else kind)
-      ]
-      points = sorted(
-        (100 * r["fraction"][kind], r["loss"]) for r in [whole, *own]
-      )
-      axes.plot(*zip(*points, strict=True), color=style.COLOURS[0])
-      names: dict[tuple[float, float], list[str]] = {}
-      for row in [whole, *own]:
-        point = 100 * row["fraction"][kind], row["loss"]
-        name = (row["budget"] or "whole").removeprefix(f"{kind}:")
-        names.setdefault(point, []).append(name)
-      for row in [*own, whole]:
-        point = 100 * row["fraction"][kind], row["loss"]
-        colour = style.COLOURS[0 if row["budget"] else 1]
-        axes.plot(*point, "o", color=colour)
-        if point not in names:  # equal networks share a label
-          continue
-        name = ", ".join(names.pop(point))
-        if "accuracy" in row:
-          name += f": {100 * row['accuracy']:.2f} %"
-        below = name.startswith("whole")  # at the right end, so to the left
-        axes.annotate(
-          name,
-          point,
-          (5, -13 if below else 5),
-          textcoords="offset points",
-          ha="right" if below else "left",
-          fontsize=7,
-        )
-      axes.set(xlabel=f"{kinds[kind]} (% of dense)", xlim=(0, 110))
-      axes.margins(y=0.15)
-    panels[0].set_ylabel("validation loss")
-    figure.savefig(path)

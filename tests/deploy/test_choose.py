@@ -21,6 +21,7 @@ from maestro.cost.profiles import ProfileError
 from maestro.deploy import choose as allocate
 from maestro.errors import UserError
 from maestro.models import MLP, ResNet18
+from maestro.report import pareto
 from maestro.training import build
 from maestro.training.config import parse
 
@@ -414,7 +415,7 @@ def test_grid_is_geometric_with_the_least_and_not_the_whole():
 
 def test_losses_are_those_of_the_masked_network(run, dataset):
   options = allocate.Options(batch=600, seed=1)
-  loss, quarter = allocate.make_losses(run, dataset, options)
+  loss, quarter = allocate.Oracle(run, dataset, options).losses()
   profile = {"fc1": 3, "fc2": 16, "fc3": 4}
   chosen = data.choice(1, len(dataset.train))
   tree = trees.unflatten_ranks(jax.tree.map(np.int32, profile))
@@ -443,7 +444,7 @@ def test_losses_use_the_statistics_of_the_batch(run):
     batch_stats=variables["batch_stats"],
     ranks=lowrank.full_ranks(params),
   )
-  loss, _ = allocate.make_losses(net, images, allocate.Options(batch=24))
+  loss, _ = allocate.Oracle(net, images, allocate.Options(batch=24)).losses()
   profile = {p: int(r) // 2 for p, r in flat(net.ranks).items()}
   cut = lowrank.mask(
     params, trees.unflatten_ranks(jax.tree.map(np.int32, profile))
@@ -513,6 +514,26 @@ def test_latency_is_measured(run):
     for n in (1, 4096)
   )
   assert 0 < one < many
+
+
+def test_each_profile_is_measured_once(run, dataset):
+  measured = []
+
+  def counted(model, variables, example, **options):
+    measured.append(sum(x.size for x in jax.tree.leaves(variables)))
+    return fake_latency(model, variables, example, **options)
+
+  budgets = ["latency_ms:0.9", "latency_ms:0.5", "latency_ms:0.9"]
+  found = allocate.choose_profiles(run, budgets, rule="energy", measure=counted)
+  assert len(set(measured)) == len(measured)
+  assert len(found) == 3 and flat(found[0]) == flat(found[2])
+  said = []
+  oracle = allocate.Oracle(run, dataset, allocate.Options(batch=32))
+  loss, _ = oracle.losses(said.append)
+  assert loss({"fc1": 3, "fc2": 5, "fc3": 4}) == loss(
+    {"fc3": 4, "fc2": 5, "fc1": 3}
+  )
+  assert said == [1.0]
 
 
 # ---------------------------------------------------------------------------
@@ -602,9 +623,9 @@ def test_rows_hold_cost_and_validation_scores(run, dataset, tmp_path):
     float(allocate.losses_lib.cross_entropy(logits, y).mean()), rel=1e-5
   )
   record = {"run": "r", "checkpoint": "final", "rule": "energy", "rows": rows}
-  allocate.draw(record, tmp_path / "pareto.png")
+  pareto.draw(record, tmp_path / "pareto.png")
   assert (tmp_path / "pareto.png").stat().st_size > 1000
-  assert "latency_ms:0.9" in allocate.table(rows)
+  assert "latency_ms:0.9" in pareto.table(rows)
 
 
 def test_command_line_answers_bad_input_in_one_line(tmp_path):
