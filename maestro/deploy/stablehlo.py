@@ -9,6 +9,7 @@ import jax
 import jax.export
 
 from maestro.errors import UserError
+from maestro.ops import cpu
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -38,7 +39,8 @@ def write(
   x = jax.ShapeDtypeStruct((n, *example.shape[1:]), example.dtype)
   forward = jax.jit(lambda x: model.apply(variables, x, train=False))
   try:
-    exported = jax.export.export(forward, platforms=PLATFORMS)(x)
+    with cpu.portable():
+      exported = jax.export.export(forward, platforms=PLATFORMS)(x)
     data = exported.serialize()
   except Exception as error:  # whatever a lowering may raise
     raise StableHloError(

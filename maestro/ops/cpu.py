@@ -1,8 +1,10 @@
 """Convolutions on CPUs, as products where XLA's own are slow."""
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,22 @@ _MOST_NUMBERS = 1 << 26  # in patches of few channels: 256 MB of float32
 # Its gradient for the kernel takes 5 times as long as products at 32 x 32
 # pixels, 1.7 times at 16 x 16, and no longer at 8 x 8.
 _MANY_PIXELS = 100
+
+_portable = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+  """Traces forward passes whose program is for other platforms as well.
+
+  Each platform then gets its own form of a convolution as the program is
+  lowered; else the host's backend decides, as it is traced.
+  """
+  token = _portable.set(True)
+  try:
+    yield
+  finally:
+    _portable.reset(token)
 
 
 def convolution(
@@ -49,8 +67,18 @@ def convolution(
   lhs_dilation = tuple(lhs_dilation or (1,) * n)
   rhs_dilation = tuple(rhs_dilation or (1,) * n)
   strides = tuple(strides)
+  plain = functools.partial(
+    lax.conv_general_dilated,
+    window_strides=strides,
+    padding=padding,
+    lhs_dilation=lhs_dilation,
+    rhs_dilation=rhs_dilation,
+    dimension_numbers=dimension_numbers,
+    feature_group_count=feature_group_count,
+    **options,
+  )
   if (
-    jax.default_backend() == "cpu"
+    (_portable.get() or jax.default_backend() == "cpu")
     and channels_last
     and feature_group_count == 1
     and set(lhs_dilation) <= {1}
@@ -79,22 +107,18 @@ def convolution(
     one = math.prod(window) == 1 and not any(map(any, padding))
     precision = options.get("precision")
     if min(pixels, default=0) > 0 and (few or one):
-      return _product(x, kernel, strides, padding, rhs_dilation, precision)
-    plain = not {k for k, v in options.items() if v is not None} - {"precision"}
-    if plain and math.prod(pixels) >= _MANY_PIXELS and x.dtype == kernel.dtype:
+
+      def products(x, kernel):
+        return _product(x, kernel, strides, padding, rhs_dilation, precision)
+
+      if _portable.get():
+        return lax.platform_dependent(x, kernel, cpu=products, default=plain)
+      return products(x, kernel)
+    simple = {k for k, v in options.items() if v is not None} <= {"precision"}
+    if simple and math.prod(pixels) >= _MANY_PIXELS and x.dtype == kernel.dtype:
       pads = tuple(map(tuple, padding))
       return _large(strides, pads, rhs_dilation, precision, x, kernel)
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    strides,
-    padding,
-    lhs_dilation=lhs_dilation,
-    rhs_dilation=rhs_dilation,
-    dimension_numbers=dimension_numbers,
-    feature_group_count=feature_group_count,
-    **options,
-  )
+  return plain(x, kernel)
 
 
 def _channels_last(x, kernel, strides, padding, dilation, precision):
