@@ -55,6 +55,21 @@ class Size:
   budget: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cut:
+  """A network cut out of a run.
+
+  Attributes:
+    size: that was asked for.
+    variables: {"params": ...} and, where it has them, {"batch_stats": ...}.
+    record: its entry in config.json, to which later stages add.
+  """
+
+  size: Size
+  variables: dict[str, Any]
+  record: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
   """How a network is exported.
@@ -106,7 +121,6 @@ def export(
   artifact.check_target(out)
   sizes = sizes or (Size("own", run.ranks),)
   # Before anything that takes long.
-  _check_useful(run, sizes)
   packing.check_nested(
     [Profile(s.name, trees.flatten_ranks(s.ranks), {}) for s in sizes]
   )
@@ -120,36 +134,22 @@ def export(
       " which is not there; prepare it, or keep the run's by --keep_statistics"
     )
   outputs = verify.make_outputs(run.model, run.facts.example)
-  networks, records = [], []
+  cuts = []
   for size in sizes:
-    variables, record = _cut(run, size, outputs, options.tolerance)
+    cuts.append(_cut(run, size, outputs, options.tolerance))
+    record = cuts[-1].record
     log(
       f"{size.name}: {record['params']:,} parameters, {record['macs']:,} MACs,"
       f" {record['difference']['masked']:.1e} from the masked network"
     )
-    networks.append(variables)
-    records.append(record)
   if dataset is not None:
-    networks = _with_data(run, networks, records, dataset, fresh)
+    cuts = _with_data(run, cuts, dataset, fresh)
   else:
     log("no data set: not evaluated")
-  config = _describe(run, records, checkpoint, fresh)
-  _add_latency(run, networks, sizes, config, options.repeats)
+  config = _describe(run, cuts, checkpoint, fresh)
+  _add_latency(run, cuts, config, options.repeats)
   with artifact.new_directory(out) as new:
-    profiles = [
-      Profile(size.name, record["ranks"], network.get("batch_stats", {}))
-      for size, record, network in zip(sizes, records, networks, strict=True)
-    ]
-    tensors, config["tensors"] = packing.pack(run.params, profiles, run.layers)
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    header = safetensors_io.write(new / WEIGHTS, tensors, metadata)
-    config["header_sha256"] = artifact.sha256(header)
-    if options.stablehlo:
-      hlo = _write_stablehlo(run, new, networks[0], outputs, options.tolerance)
-      config["stablehlo"] = {"profile": sizes[0].name, **hlo}
-    artifact.write_config(new, config)
-    for network, record in zip(networks, records, strict=True):
-      _check_reloaded(run, new, network, record, outputs, options.tolerance)
+    _write(run, new, cuts, config, options, outputs)
     text = card.make_card(config, out.name)
     (new / CARD).write_text(text, encoding="utf-8")
     artifact.write_config(new, config)
@@ -162,17 +162,6 @@ def export(
   return config
 
 
-def _check_useful(run: build.Run, sizes: Sequence[Size]) -> None:
-  for size in sizes:
-    ranks = trees.flatten_ranks(size.ranks)
-    if ranks and not any(np.any(rank) for rank in ranks.values()):
-      table = budget_lib.cost_tables(run.layers, run.params, run.ranks, "macs")
-      raise ExportError(
-        f"{size.name}: rank 0 in every layer leaves a network of biases; with a"
-        f" component in each, it is --budget=macs:{table.least_useful:.4f}"
-      )
-
-
 # ---------------------------------------------------------------------------
 # Networks
 # ---------------------------------------------------------------------------
@@ -180,9 +169,9 @@ def _check_useful(run: build.Run, sizes: Sequence[Size]) -> None:
 
 def _cut(
   run: build.Run, size: Size, outputs: Callable, tolerance: float
-) -> tuple[dict, dict]:
+) -> Cut:
   """Extracts a network, compares it with the masked one, counts its cost."""
-  norms = {"batch_stats": run.batch_stats} if run.batch_stats else {}
+  norms = _norms(run)
   # Jitted: one compilation, where op by op there would be hundreds.
   small = jax.jit(lambda p: lowrank.extract(p, size.ranks, run.layers))(
     run.params
@@ -205,57 +194,59 @@ def _cut(
     "metrics": {},
     "latency_ms": {},
   }
-  return {"params": small, **norms}, record
+  return Cut(size, {"params": small, **norms}, record)
+
+
+def _norms(run: build.Run) -> dict[str, Any]:
+  return {"batch_stats": run.batch_stats} if run.batch_stats else {}
 
 
 def _totals(cost: Cost) -> dict[str, int]:
   return {kind: getattr(cost, kind) for kind in budget_lib.COSTS}
 
 
-def _with_data(run, networks, records, dataset, fresh) -> list[dict]:
+def _with_data(
+  run: build.Run, cuts: Sequence[Cut], dataset: data_lib.Dataset, fresh: bool
+) -> list[Cut]:
   """Gives networks their own batch statistics, then evaluates them."""
   c, mesh = run.config, make_mesh(1)
   recalibrate = build.make_recalibrator(c, run.model, dataset, mesh)
   evaluate = build.make_evaluator(c, run.model, dataset, mesh)
   done = []
-  for network, record in zip(networks, records, strict=True):
-    network = recalibrate(network) if fresh else network
-    record["metrics"] = {
-      "val": evaluate(network, dataset.val),
-      "test": evaluate(network, dataset.test),
-    }
-    done.append(network)
+  for cut in cuts:
+    variables = recalibrate(cut.variables) if fresh else cut.variables
+    splits = {"val": dataset.val, "test": dataset.test}
+    scores = {name: evaluate(variables, x) for name, x in splits.items()}
+    record = cut.record | {"metrics": scores}
+    done.append(Cut(cut.size, variables, record))
   return done
 
 
-def _add_latency(run, networks, sizes, config, repeats) -> None:
+def _add_latency(
+  run: build.Run, cuts: Sequence[Cut], config: dict, repeats: int
+) -> None:
   """Measures the dense network, the factors not merged, and each export."""
-  norms = {"batch_stats": run.batch_stats} if run.batch_stats else {}
+  norms = _norms(run)
   dense = jax.jit(lambda p: lowrank.merge(p, run.layers))(run.params)
-  forms = {"dense": {"params": dense}}
   config["dense"] = _totals(count_cost(run.layers, dense))
-  targets = [config["dense"], *config["profiles"]]
-  names = ["dense", *(f"exported {size.name}" for size in sizes)]
-  if len(sizes) == 1 and run.ranks:
-    factors = lowrank.truncate(run.params, sizes[0].ranks)
-    forms["factored"] = {"params": factors}
+  timed = [(config["dense"], {"params": dense, **norms})]
+  if len(cuts) == 1 and run.ranks:
+    factors = lowrank.truncate(run.params, cuts[0].size.ranks)
     config["factored"] = _totals(count_cost(run.layers, factors))
-    targets.insert(1, config["factored"])
-    names.insert(1, "factored")
-  forms = {name: form | norms for name, form in forms.items()}
-  forms |= dict(zip(names[-len(sizes) :], networks, strict=True))
-  times = {
-    batch: measure_latencies(
+    timed.append((config["factored"], {"params": factors, **norms}))
+  timed += [(cut.record, cut.variables) for cut in cuts]
+  for record, _ in timed:
+    record["latency_ms"] = {}
+  for batch in _BATCHES if repeats else ():
+    times = measure_latencies(
       run.model,
-      [forms[name] for name in names],
+      [form for _, form in timed],
       run.facts.example,
       batch_size=batch,
       repeats=repeats,
     )
-    for batch in (_BATCHES if repeats else ())
-  }
-  for i, target in enumerate(targets):
-    target["latency_ms"] = {str(batch): t[i] for batch, t in times.items()}
+    for (record, _), ms in zip(timed, times, strict=True):
+      record["latency_ms"][str(batch)] = ms
 
 
 # ---------------------------------------------------------------------------
@@ -263,7 +254,9 @@ def _add_latency(run, networks, sizes, config, repeats) -> None:
 # ---------------------------------------------------------------------------
 
 
-def _describe(run: build.Run, records, checkpoint: str, fresh: bool) -> dict:
+def _describe(
+  run: build.Run, cuts: Sequence[Cut], checkpoint: str, fresh: bool
+) -> dict[str, Any]:
   """Begins config.json."""
   facts, section = run.facts, dict(run.config.model)
   name = section.pop("name")
@@ -298,32 +291,61 @@ def _describe(run: build.Run, records, checkpoint: str, fresh: bool) -> dict:
     },
     "statistics": kept,
     "dense": {},
-    "profiles": records,
+    "profiles": [cut.record for cut in cuts],
     "stablehlo": None,
   }
 
 
-def _write_stablehlo(run, new, network, outputs, tolerance) -> dict:
+def _write(
+  run: build.Run,
+  new: pathlib.Path,
+  cuts: Sequence[Cut],
+  config: dict[str, Any],
+  options: Options,
+  outputs: Callable,
+) -> None:
+  """Writes all but the card, and compares it with what is in memory."""
+  profiles = [
+    Profile(
+      cut.size.name, cut.record["ranks"], cut.variables.get("batch_stats", {})
+    )
+    for cut in cuts
+  ]
+  tensors, config["tensors"] = packing.pack(run.params, profiles, run.layers)
+  metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+  header = safetensors_io.write(new / WEIGHTS, tensors, metadata)
+  config["header_sha256"] = artifact.sha256(header)
+  if options.stablehlo:
+    hlo = _write_stablehlo(run, new, cuts[0], outputs, options.tolerance)
+    config["stablehlo"] = {"profile": cuts[0].size.name, **hlo}
+  artifact.write_config(new, config)
+  for cut in cuts:
+    name, record = cut.size.name, cut.record
+    loaded = artifact.read(new, model=run.model, profile=name)
+    found = verify.difference(outputs(cut.variables), outputs(loaded.variables))
+    verify.check(found, options.tolerance, f"{name}: the file", "the network")
+    record["difference"]["reloaded"] = found
+    record["read_bytes"] = loaded.bytes_read
+
+
+def _write_stablehlo(
+  run: build.Run,
+  new: pathlib.Path,
+  cut: Cut,
+  outputs: Callable,
+  tolerance: float,
+) -> dict[str, Any]:
   """Writes model.stablehlo, and compares it with the network."""
-  path = new / STABLEHLO
-  record = stablehlo.write(path, run.model, network, run.facts.example)
-  expected = outputs(network)
-  again = stablehlo.read(path)(verify.make_inputs(run.facts.example))
-  exact = jax.default_backend() == "cpu" and again.dtype.itemsize >= 4
+  path, example = new / STABLEHLO, run.facts.example
+  record = stablehlo.write(path, run.model, cut.variables, example)
+  again = stablehlo.read(path)(verify.make_inputs(example))
+  sizes = [leaf.dtype.itemsize for leaf in jax.tree.leaves(again)]
+  exact = jax.default_backend() == "cpu" and min(sizes) >= 4
   if not exact:
     tolerance = max(tolerance, 3e-2)  # its products are in less than float32
-  found = verify.difference(expected, again)
+  found = verify.difference(outputs(cut.variables), again)
   verify.check(found, tolerance, STABLEHLO, "the exported network")
   return record | {"difference": found}
-
-
-def _check_reloaded(run, new, network, record, outputs, tolerance) -> None:
-  """Compares what was written with what is in memory."""
-  loaded = artifact.read(new, model=run.model, profile=record["name"])
-  found = verify.difference(outputs(network), outputs(loaded.variables))
-  verify.check(found, tolerance, f"{record['name']}: the file", "the network")
-  record["difference"]["reloaded"] = found
-  record["read_bytes"] = loaded.bytes_read
 
 
 # ---------------------------------------------------------------------------
@@ -368,14 +390,21 @@ def choose_sizes(
   wanted = [budget_lib.Budget.parse(budget)] if budget else []
   wanted += {budget_lib.Budget.parse(f"macs:{text}") for text in profiles}
   wanted.sort(key=lambda b: -b.value)
-  trees = allocate.choose_profiles(  # nested
+  found = allocate.choose_profiles(  # nested
     run,
     wanted,
     rule=rule or ("greedy" if budget else "dp"),
     dataset=dataset,
     log=log,
   )
-  return tuple(
-    Size(str(b).removeprefix("macs:"), tree, str(b))
-    for b, tree in zip(wanted, trees, strict=True)
-  )
+  sizes = []
+  for b, tree in zip(wanted, found, strict=True):
+    if not any(map(np.any, trees.flatten_ranks(tree).values())):
+      kind = "macs" if b.kind == budget_lib.LATENCY else b.kind
+      table = budget_lib.cost_tables(run.layers, run.params, run.ranks, kind)
+      raise ExportError(
+        f"budget {b}: rank 0 in every layer leaves a network of biases; with a"
+        f" component in each, it is {kind}:{table.least_useful:.4f}"
+      )
+    sizes.append(Size(str(b).removeprefix("macs:"), tree, str(b)))
+  return tuple(sizes)
