@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -23,6 +24,18 @@ from maestro.nn import (
 )
 from maestro.products import products
 from maestro.trees import LayerSpec, LowRankError
+
+
+def mode(model: Any, *, train: bool) -> dict[str, bool]:
+  """Returns the arguments by which a model is told whether it trains.
+
+    {"train": train}  or  {"deterministic": not train}  or  {}
+
+  as its `__call__` names them; one that names none does the same in both.
+  """
+  named = inspect.signature(type(model).__call__).parameters
+  known = {"train": train, "training": train, "deterministic": not train}
+  return {name: value for name, value in known.items() if name in named}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from maestro.introspect import mode
+
 _WARM_UP = 3  # passes that are not counted
 _SECONDS = 20.0  # of measuring, roughly at most
 _LEAST = 5  # passes that are measured, however long they take
@@ -28,14 +30,15 @@ def measure_latencies(
   waited for. The input is on the device already, its values do not matter.
 
   Args:
-    model: a Flax module, applied with train=False.
+    model: a Flax module, told not to train.
     forms: variables of the networks.
     example: preprocessed inputs or their abstract value; the first axis is the
       batch.
     batch_size: examples of a pass.
     repeats: passes of each; fewer (but five) if they take over 20 seconds.
   """
-  forward = jax.jit(lambda v, x: model.apply(v, x, train=False))
+  told = mode(model, train=False)
+  forward = jax.jit(lambda v, x: model.apply(v, x, **told))
   x = jax.device_put(np.zeros((batch_size, *example.shape[1:]), example.dtype))
   forms = [jax.device_put(form) for form in forms]
   times: list[list[float]] = [[] for _ in forms]

@@ -12,6 +12,7 @@ verified.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -339,8 +340,9 @@ def _as_tuple(value: Any) -> Any:
 def _shapes(model, example, name) -> tuple[dict, dict[str, LayerSpec]]:
   """{"params/..." or "batch_stats/...": shape} of the dense model; layers."""
   try:
-    expected = jax.eval_shape(model.init, jax.random.key(0), example)
-    layers = nn.layers(model, example)
+    init = functools.partial(model.init, **nn.mode(model, train=False))
+    expected = jax.eval_shape(init, jax.random.key(0), example)
+    layers = nn.layers(model, example, **nn.mode(model, train=False))
   except Exception as error:  # a module of the user's may raise anything
     raise ArtifactError(
       f"model= is not the exported {name!r}: it does not run on inputs of shape"

@@ -25,6 +25,7 @@ from maestro.cost.budget import (
 from maestro.cost.count import count_cost
 from maestro.cost.latency import measure_latency
 from maestro.errors import UserError
+from maestro.introspect import mode
 from maestro.parallel.mesh import make_mesh
 from maestro.training import build
 from maestro.training import losses as losses_lib
@@ -174,11 +175,12 @@ class Oracle:
     def total(params, x, y):
       x, variables = preprocess(x), {"params": params}
       if not run.batch_stats:
-        return jnp.sum(function(run.model.apply(variables, x, train=False), y))
+        told = mode(run.model, train=False)
+        return jnp.sum(function(run.model.apply(variables, x, **told), y))
       outputs, _ = run.model.apply(
         variables | {"batch_stats": run.batch_stats},
         x,
-        train=True,
+        **mode(run.model, train=True),
         rngs={"dropout": jax.random.key(0)},  # the same for all networks
         mutable=["batch_stats"],
       )

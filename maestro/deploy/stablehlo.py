@@ -9,6 +9,7 @@ import jax
 import jax.export
 
 from maestro.errors import UserError
+from maestro.introspect import mode
 from maestro.ops import cpu
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -37,7 +38,8 @@ def write(
   """
   (n,) = jax.export.symbolic_shape("n")
   x = jax.ShapeDtypeStruct((n, *example.shape[1:]), example.dtype)
-  forward = jax.jit(lambda x: model.apply(variables, x, train=False))
+  told = mode(model, train=False)
+  forward = jax.jit(lambda x: model.apply(variables, x, **told))
   try:
     with cpu.portable():
       exported = jax.export.export(forward, platforms=PLATFORMS)(x)

@@ -9,6 +9,7 @@ import numpy as np
 
 from maestro import lowrank
 from maestro.errors import UserError
+from maestro.introspect import mode
 
 
 class DifferenceError(UserError):
@@ -24,7 +25,7 @@ def make_inputs(example: Any, n: int = 8) -> np.ndarray:
   return rng.standard_normal(shape).astype(dtype)
 
 
-def make_outputs(model: Any, example: Any) -> Callable[..., np.ndarray]:
+def make_outputs(model: Any, example: Any) -> Callable[..., Any]:
   """Returns outputs(variables, ranks=None) on random inputs, in float32.
 
   With ranks, the parameters are masked at them: the definition of a network at
@@ -33,14 +34,14 @@ def make_outputs(model: Any, example: Any) -> Callable[..., np.ndarray]:
   """
   if getattr(model, "dtype", None) is not None:
     model = model.clone(dtype="float32")
-  x = make_inputs(example)
+  x, told = make_inputs(example), mode(model, train=False)
 
   @jax.jit  # ranks are traced: one compilation for all masks
   def forward(variables, ranks):
     params = lowrank.mask(variables["params"], ranks)
-    return model.apply({**variables, "params": params}, x, train=False)
+    return model.apply({**variables, "params": params}, x, **told)
 
-  def outputs(variables: Any, ranks: Any = None) -> np.ndarray:
+  def outputs(variables: Any, ranks: Any = None) -> Any:
     with jax.default_matmul_precision("highest"):
       return jax.device_get(forward(variables, ranks or {}))
 
@@ -48,12 +49,19 @@ def make_outputs(model: Any, example: Any) -> Callable[..., np.ndarray]:
 
 
 def difference(expected: Any, found: Any) -> float:
-  """Largest difference, relative to the largest output; inf if not finite."""
-  a, b = (np.asarray(x, np.float64) for x in (expected, found))
-  gap, scale = np.max(np.abs(a - b)), np.max(np.abs(a))
-  if not np.isfinite(gap):
-    return math.inf
-  return float(gap / scale) if scale else (math.inf if gap else 0.0)
+  """Largest difference, relative to the largest output; inf if not finite.
+
+  Outputs are any pytree of arrays: the worst of them counts.
+  """
+
+  def of(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    gap, scale = (np.max(np.abs(x), initial=0.0) for x in (a - b, a))
+    if not np.isfinite(gap):
+      return math.inf
+    return float(gap / scale) if scale else (math.inf if gap else 0.0)
+
+  return max(jax.tree.leaves(jax.tree.map(of, expected, found)), default=0.0)
 
 
 def check(found: float, tolerance: float, what: str, other: str) -> None:

@@ -55,7 +55,7 @@ def make_recalibrate(
         # Zeros: what the old statistics are, NaN too, must not matter.
         variables | {"batch_stats": jax.tree.map(jnp.zeros_like, stats)},
         x,
-        train=True,
+        **nn.mode(model, train=True),
         rngs={"dropout": key_dropout},
         mutable=["batch_stats"],
       )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maestro.data import Split
+from maestro.introspect import mode
 from maestro.parallel.mesh import Mesh, split_batch
 from maestro.training import losses
 
@@ -20,12 +21,13 @@ def make_evaluate(
   Every example counts once: the last batch is padded, and the padding weighs
   nothing. One program per shape of the variables, whatever the split.
   """
+  told = mode(model, train=False)
   functions = {"loss": losses.LOSSES[loss], **losses.METRICS[loss]}
 
   @jax.jit
   def add_batch(sums, variables, x, y, n):
     x, y = split_batch((x, y), mesh)
-    out = model.apply(variables, preprocess(x), train=False)
+    out = model.apply(variables, preprocess(x), **told)
     counts = jnp.arange(batch_size) < n
     return {
       # where, not a product: padding must not turn 0 * inf into NaN.
