@@ -80,7 +80,16 @@ def _refused(path, names):
 
 # The rooms of maestro/, from the ground up; commands stand above all of them.
 ROOMS = (
-  *("errors", "streams", "trees", "lowrank", "sampling", "schema", "ops"),
+  *(
+    "errors",
+    "streams",
+    "trees",
+    "svd",
+    "lowrank",
+    "sampling",
+    "schema",
+    "ops",
+  ),
   *(
     "nn",
     "products",
@@ -211,3 +220,18 @@ def test_an_allowed_import_is_let_through(path, line):
   path = pathlib.Path(path)
   names = set(_imports(ast.parse(line), path.parts[:-1]))
   assert not _refused(path, names)
+
+
+def _functions(tree):
+  for node in ast.walk(tree):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      yield node.name, node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=str)
+def test_files_and_functions_are_of_a_size_to_be_read(path):
+  text = (ROOT / path).read_text(encoding="utf-8")
+  assert len(text.splitlines()) <= 500
+  for name, lines in _functions(ast.parse(text)):
+    is_loop = (path.name, name) == ("loop.py", "train")
+    assert lines <= (150 if is_loop else 120), name

@@ -22,6 +22,7 @@ import numpy as np
 from maestro import introspect, lowrank, trees
 from maestro.errors import UserError
 from maestro.lowrank import Rule
+from maestro.svd import fresh
 from maestro.trees import LayerSpec, Tree
 
 # Weight, relative to the mean eigenvalue of C, of directions that no input has:
@@ -245,7 +246,7 @@ def decompose(
     v = _transpose(root * q)
     # What the kernel maps to zero can still learn, see `lowrank.decompose`.
     shape = (*spec.lead, spec.n_in, rank)
-    u = np.where(root > 0, u, lowrank.fresh(path, shape, jnp.float32))
+    u = np.where(root > 0, u, fresh(path, shape, jnp.float32))
     dtype = node[spec.weight].dtype
     shape_u, shape_v = spec.factor_shapes(rank)
     changes[path] = {x: y for x, y in node.items() if x != spec.weight} | {

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import lowrank, trees
+from maestro import trees
 from maestro.methods.rank_rules import Spectra
+from maestro.svd import svd
 from maestro.trees import Layers, Tree
 
 
 @jax.jit
 def svds(kernels: Mapping[str, jax.Array]) -> dict:
-  return {path: lowrank.svd(k, path) for path, k in kernels.items()}
+  return {path: svd(k, path) for path, k in kernels.items()}
 
 
 @jax.jit
