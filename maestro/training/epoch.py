@@ -15,7 +15,13 @@ from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Writer
 from maestro.training.build import Training
 from maestro.training.results import Ledger, rank_text
-from maestro.training.state import TrainState, form_of, means, reset_metrics
+from maestro.training.state import (
+  TrainState,
+  added,
+  form_of,
+  means,
+  reset_metrics,
+)
 
 
 class TrainingError(UserError):
@@ -83,8 +89,11 @@ def run_epoch(
       examples_per_second=(step - first) * t.batch_size / seconds,
     )
     if window is not None:
+      sums = added({}, window)
+      check_finite(means(sums), step, checkpoints)
       rate = {"learning_rate": float(schedule(step - 1))}
-      writer.write(step, epoch + 1, means(window) | rate)
+      writer.write(step, epoch + 1, means(sums) | rate)
+      ledger.sums = added(ledger.sums, sums)
     return loss
 
   unread, loss = None, float("nan")

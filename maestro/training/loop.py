@@ -40,6 +40,7 @@ from maestro.training.results import (
 )
 from maestro.training.state import (
   TrainState,
+  added,
   at_ranks,
   form_of,
   means,
@@ -126,9 +127,9 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           raise Interrupted(f"stopped at step {step} of {t.total_steps}; saved")
 
         # --- Its end: shrink, perhaps cut, perhaps change the phase -----------
-        record = _means(t, name, state)
+        record = _means(t, name, state, ledger)
         check_finite(record, step, checkpoints)
-        state = reset_metrics(state)
+        state, ledger.sums = reset_metrics(state), {}
         if state.ranks and getattr(c, name).shrink and t.method.shrink:
           state = shrink_state(state, t.method.shrink)
           if _worth_cutting(t, ledger, state, epoch, c.truncate):
@@ -384,9 +385,11 @@ def _worth_cutting(
 # ---------------------------------------------------------------------------
 
 
-def _means(t: Training, phase: str, state: TrainState) -> dict[str, float]:
-  """Training metrics since they were written last."""
-  record = means(state.metrics)
+def _means(
+  t: Training, phase: str, state: TrainState, ledger: Ledger
+) -> dict[str, float]:
+  """Training metrics of the whole epoch."""
+  record = means(added(ledger.sums, state.metrics))
   if t.method.step_penalty is not None:  # no loss has it; at the epoch's end
     value = float(t.method.step_penalty(state.params, state.ranks))
     record["train/penalty"] = t.method.lams[phase] * value

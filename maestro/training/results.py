@@ -35,6 +35,7 @@ class Ledger:
     discover_epochs: length of the discover phase; a method may end it early.
     ranks: {layer: rank} right after decomposition.
     stable_ranks: of the last epoch, if the method looks at them.
+    sums: of training metrics, over the epoch's windows that were written.
   """
 
   discover_epochs: int
@@ -46,6 +47,7 @@ class Ledger:
   alarms: list[str] = dataclasses.field(default_factory=list)
   ranks: dict[str, Any] = dataclasses.field(default_factory=dict)
   stable_ranks: dict[str, float] = dataclasses.field(default_factory=dict)
+  sums: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def compiles(self, name: str) -> None:
     if name not in self.programs:

@@ -143,11 +143,18 @@ def reset_metrics(state: TrainState) -> TrainState:
   return state.replace(metrics=zeros)
 
 
-def means(sums: Mapping[str, jax.Array]) -> dict[str, float]:
-  """Turns the sums of a window of steps into means per step."""
-  host = {name: float(x) for name, x in jax.device_get(dict(sums)).items()}
-  steps = max(host.pop("steps"), 1.0)
-  return {f"train/{name}": value / steps for name, value in host.items()}
+def added(
+  sums: Mapping[str, float], window: Mapping[str, jax.Array]
+) -> dict[str, float]:
+  """Adds the sums of a window of steps, read from the devices, to others."""
+  host = jax.device_get(dict(window))
+  return {name: sums.get(name, 0.0) + float(x) for name, x in host.items()}
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+  """Turns sums over steps into means per step."""
+  rest = {name: value for name, value in sums.items() if name != "steps"}
+  return {f"train/{k}": v / max(sums["steps"], 1.0) for k, v in rest.items()}
 
 
 def plain_ranks(ranks: Any) -> dict[str, Any]:

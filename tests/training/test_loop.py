@@ -1,6 +1,7 @@
 """The training loop: resuming, shrinking, cutting, options and bad input."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -281,18 +282,17 @@ def test_sigkill_at_any_time_loses_nothing_that_was_saved(
   assert_same_run(workdir, reference)
 
 
-def test_sigterm_within_an_epoch_saves_and_resumes_bit_identically(
-  tmp_path, reference, monkeypatch
-):
+def stop_at(step, workdir, given, monkeypatch):
+  """A run that SIGTERM stops after a step, one step a dispatch."""
   make, count = build.make_dispatch, 0
 
-  def hooked(step, steps):
-    dispatch = make(step, steps)
+  def hooked(one, steps):
+    dispatch = make(one, steps)
 
     def call(state, data):
       nonlocal count
       count += 1
-      if count == 11:
+      if count == step:
         signal.raise_signal(signal.SIGTERM)
       return dispatch(state, data)
 
@@ -300,8 +300,14 @@ def test_sigterm_within_an_epoch_saves_and_resumes_bit_identically(
 
   with monkeypatch.context() as patch:
     patch.setattr(build, "make_dispatch", hooked)
-    with pytest.raises(Interrupted, match="step 11 of 48"):
-      train.train(config(), tmp_path / "run")
+    with pytest.raises(Interrupted, match=f"step {step} of 48"):
+      train.train(given, workdir)
+
+
+def test_sigterm_within_an_epoch_saves_and_resumes_bit_identically(
+  tmp_path, reference, monkeypatch
+):
+  stop_at(11, tmp_path / "run", config(), monkeypatch)
   arrays, _ = state_of(tmp_path / "run")
   assert arrays["['step']"] == 11
   train.train(config(), tmp_path / "run")
@@ -701,3 +707,34 @@ def test_metrics_every_few_steps_do_not_change_the_run(tmp_path, reference):
   a, b = state_of(tmp_path)[0], state_of(reference)[0]
   for path, x in b.items():
     assert a[path].tobytes() == x.tobytes(), path
+
+
+def test_training_metrics_are_means_over_what_they_say(
+  tmp_path, reference, monkeypatch
+):
+  def records(every):
+    given = config({"log_every_steps": every})
+    train.train(given, tmp_path / str(every))
+    return {r["step"]: r for r in metrics.read(tmp_path / str(every))}
+
+  singles, threes = records(1), records(3)
+  keys = [key for key in singles[1] if key.startswith("train/")]
+  assert {"train/loss", "train/accuracy", "train/penalty"} < set(keys)
+  # Within an epoch: means since the record before.
+  steps, ends = sorted(threes), range(0, 49, 8)
+  for before, step in itertools.pairwise(steps):
+    if step not in ends:
+      for key in keys:
+        parts = [singles[s][key] for s in range(before + 1, step + 1)]
+        assert threes[step][key] == pytest.approx(np.mean(parts), rel=1e-5)
+  # At its end: the epoch's, whatever was written within it.
+  for record in metrics.read(reference)[1:]:
+    for key in keys:
+      wanted = pytest.approx(record[key], rel=1e-5)
+      assert singles[record["step"]][key] == wanted
+      assert threes[record["step"]][key] == wanted
+  # Also where the epoch was interrupted between two records.
+  given = config({"log_every_steps": 3})
+  stop_at(14, tmp_path / "stopped", given, monkeypatch)
+  train.train(given, tmp_path / "stopped")
+  assert_same_run(tmp_path / "stopped", tmp_path / "3")
