@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
+from flax.errors import FlaxError
 
 from maestro import ops, trees
 from maestro.nn import (
@@ -135,7 +136,8 @@ def _uses(model: nn.Module, variables: Any, inputs: Any) -> dict[str, _Use]:
         f"module {path!r}: its name holds a '/', which joins the names of a"
         " path; name it otherwise"
       )
-    x = next(iter((*args, *kwargs.values())), None)
+    given: list[Any] = [*args, *kwargs.values(), None]
+    x = given[0]
     layer = context.method_name in ("__call__", "attend")
     spec = _spec(module, x) if layer and hasattr(x, "ndim") else None
     use = uses.setdefault(path, _Use(spec))
@@ -211,7 +213,7 @@ def layers(model: nn.Module, *inputs: Any, **kwargs: Any):
   variables = jax.eval_shape(
     lambda args: model.init(jax.random.key(0), *args, **kwargs), inputs
   )
-  variables = flax.core.meta.unbox(variables)
+  variables = meta.unbox(variables)
   given = jax.tree.map(_abstract, (inputs, kwargs))
   arrays = jax.tree.leaves(inputs)
   n = arrays[0].shape[0] if arrays and getattr(arrays[0], "ndim", 0) else 1
@@ -221,7 +223,7 @@ def layers(model: nn.Module, *inputs: Any, **kwargs: Any):
     try:
       example = jax.tree.map(lambda x: _first(x, n), given)
       one = _uses(model, variables, example)
-    except (TypeError, ValueError, AssertionError, flax.errors.FlaxError):
+    except (TypeError, ValueError, AssertionError, FlaxError):
       divide = n  # the batch's size is written into the model
   found = {}
   for path, use in uses.items():
@@ -363,7 +365,7 @@ def capture_inputs(
 
   with nn.intercept_methods(_outermost(record)):
     _, state = model.apply(variables, *inputs, mutable=["captured"], **kwargs)
-  found = state.get("captured", {})
+  found = dict(state).get("captured", {})
   return {path: trees.get(found, path)["inputs"] for path in sorted(paths)}
 
 

@@ -154,14 +154,14 @@ def decompose(
     spec, node = layers[path], get(params, path)
     box = node.get(spec.weight) if isinstance(node, Mapping) else None
     node = unboxed(node) if isinstance(node, Mapping) else node
-    kernel = None if box is None else node[spec.weight]
-    shape = None if kernel is None else jnp.shape(kernel)
+    shape = None if box is None else jnp.shape(node[spec.weight])
     if is_factored(node) or shape != spec.kernel_shape:
       found = "factors" if is_factored(node) else shape
       raise LowRankError(
         f"layer {path!r}: expected a dense {spec.weight!r} of shape"
         f" {spec.kernel_shape} to decompose, found {found}"
       )
+    kernel = node[spec.weight]
     matrix = to_matrix(kernel, spec)
     left, s, right = svd(matrix, path)
     # Where a singular value is zero, both factors would be, and with them both

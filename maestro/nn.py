@@ -18,10 +18,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from flax.linen import module as flax_module
 from flax.linen.linear import canonicalize_padding
 
@@ -67,7 +67,12 @@ def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
-  return flax.core.meta.unbox(module.get_variable("params", name))
+  return meta.unbox(module.get_variable("params", name))
+
+
+def _promoted(module: Any, *arrays: jax.Array | None, **options: Any) -> Any:
+  """Returns arrays of one dtype, the layer's if it has one."""
+  return module.promote_dtype(*arrays, dtype=module.dtype, **options)
 
 
 def _check_not_lost(module: nn.Module) -> None:
@@ -117,9 +122,7 @@ class Dense(nn.Dense):
     _refuse(self, "dot_general", "dot_general_cls")
     u, v, rank = _factors(self)
     dense = self.has_variable("params", "kernel")
-    x, u, v, bias = self.promote_dtype(
-      inputs, u, v, _bias(self, dense), dtype=self.dtype
-    )
+    x, u, v, bias = _promoted(self, inputs, u, v, _bias(self, dense))
     y = ops.lowrank_dot(
       x,
       u,
@@ -144,9 +147,7 @@ class DenseGeneral(nn.DenseGeneral):
     _refuse(self, "dot_general", "dot_general_cls")
     u, v, rank = _factors(self)
     dense = self.has_variable("params", "kernel")
-    x, u, v, bias = self.promote_dtype(
-      inputs, u, v, _bias(self, dense), dtype=self.dtype
-    )
+    x, u, v, bias = _promoted(self, inputs, u, v, _bias(self, dense))
     axis, batch = general_axes(self, inputs.ndim)
     rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
     n = len(batch)
@@ -217,9 +218,7 @@ class Conv(nn.Conv):
         raise LowRankError(
           f"layer {path_of(self)!r}: a mask on kernel + u @ v is not supported"
         )
-    x, u, v, bias = self.promote_dtype(
-      inputs, u, v, _bias(self, dense), dtype=self.dtype
-    )
+    x, u, v, bias = _promoted(self, inputs, u, v, _bias(self, dense))
     window = window_of(self)
     n = len(window)
     batch = x.shape[: x.ndim - n - 1]
@@ -253,7 +252,7 @@ class Conv(nn.Conv):
     if rank is not None:
       u = trees.mask_factor(u, "u", rank)
       v = trees.mask_factor(v, "v", rank)
-    kernel = jnp.dot(u, v, precision=self.precision) * self.mask
+    kernel = jnp.dot(u, v, precision=self.precision) * jnp.asarray(self.mask)
     return kernel, jnp.eye(self.features, dtype=kernel.dtype)
 
 
@@ -274,7 +273,7 @@ def pad_input(x, padding, window, dilation):
   spans = [(k - 1) * d for k, d in zip(window, dilation, strict=True)]
   if padding in ("CIRCULAR", "REFLECT"):
     pads = [(0, 0), *((s // 2, s - s // 2) for s in spans), (0, 0)]
-    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}[padding]
+    mode = "wrap" if padding == "CIRCULAR" else "reflect"
     return jnp.pad(x, pads, mode=mode), "VALID"
   if padding == "CAUSAL":
     if len(window) != 1:
@@ -307,7 +306,7 @@ class Embed(nn.Embed):
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
       raise ValueError("Input type must be an integer or unsigned integer.")
     u, v = self._masked_factors()
-    u, v = self.promote_dtype(u, v, dtype=self.dtype, inexact=False)
+    u, v = _promoted(self, u, v, inexact=False)
     if self.num_embeddings == 1:
       rows = jnp.broadcast_to(u, (*inputs.shape, u.shape[-1]))
     else:
@@ -321,7 +320,7 @@ class Embed(nn.Embed):
     if not _is_factored(self):
       return super().attend(query)
     u, v = self._masked_factors()
-    x, u, v = self.promote_dtype(query, u, v, dtype=self.dtype)
+    x, u, v = _promoted(self, query, u, v)
     y = jnp.dot(jnp.dot(x, v.T), u.T)
     if self.has_variable("params", "embedding"):
       y += super().attend(query)

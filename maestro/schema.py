@@ -95,16 +95,17 @@ def _convert(value: Any, kind: Any, where: str, allowed: Any = None) -> Any:
   if origin in (typing.Union, types.UnionType):
     fitting = next(arg for arg in args if _matches(value, arg))
     return _convert(value, fitting, where, allowed)
+  if origin in (Sequence, tuple, list) and args:
+    made = [_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    return value if all(map(_same, made, value)) else tuple(made)
   if kind in (int, float) or (kind is Any and isinstance(value, float)):
     if not math.isfinite(value):
       raise ConfigError(f"{where}: {value} is no finite number")
     if allowed is not None and value not in allowed:
       raise ConfigError(f"{where}: {value} is out of range, {allowed}")
   if isinstance(value, Mapping) and dataclasses.is_dataclass(kind):
-    return kind(**bind(typing.cast(type, kind), value, where))
-  if origin in (Sequence, tuple, list) and args:
-    made = [_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
-    return value if all(map(_same, made, value)) else tuple(made)
+    kind = typing.cast(type, kind)
+    return kind(**bind(kind, value, where))
   return value
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from maestro.errors import UserError
 
@@ -234,7 +235,7 @@ def unflatten_ranks(flat: Mapping[str, Any]) -> dict:
 
 
 def is_traced(x: Any) -> bool:
-  return isinstance(x, jax.core.Tracer)
+  return isinstance(x, Tracer)
 
 
 def as_written(x: float) -> Fraction:

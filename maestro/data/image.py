@@ -85,7 +85,7 @@ def standardize(
   if augmentation is not None and key is not None:
     inputs = augmentation(inputs, key)
   channels = (1,) * (inputs.ndim - 1) + (-1,)
-  m, s = (np.reshape(np.float32(x), channels) for x in (mean, std))
+  m, s = (np.reshape(np.asarray(x, np.float32), channels) for x in (mean, std))
   return (jnp.asarray(inputs, jnp.float32) / 255 - m) / s
 
 

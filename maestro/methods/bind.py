@@ -24,7 +24,12 @@ from maestro.methods import calibrate, freeze, prox
 from maestro.methods.decomposers import DECOMPOSERS, SUPPLIED
 from maestro.methods.penalties import PENALTIES, SHRINKERS
 from maestro.methods.project import project, spectra
-from maestro.methods.rank_rules import RANK_RULES, SWITCHES, stable_ranks
+from maestro.methods.rank_rules import (
+  RANK_RULES,
+  SWITCHES,
+  Spectra,
+  stable_ranks,
+)
 from maestro.methods.table import Method
 from maestro.sampling import SAMPLERS
 from maestro.schema import ConfigError
@@ -342,11 +347,11 @@ class _Ranks:
     if m.budget is not None:  # one that cannot be met shows now
       self._fit(dict.fromkeys(self.limits, 1), dict.fromkeys(self.limits, 1))
 
-  def _spectra(self, params: Tree) -> dict[str, np.ndarray]:
+  def _spectra(self, params: Tree) -> Spectra:
     return spectra(params, self._s.layers, self.limits)
 
   @functools.cached_property
-  def _initial_spectra(self) -> dict[str, np.ndarray]:
+  def _initial_spectra(self) -> Spectra:
     return self._spectra(self._s.initial())
 
   def choose(self, params: Tree) -> dict[str, int]:
@@ -363,7 +368,7 @@ class _Ranks:
     return {path: int(r) for path, r in self._fit(profile, self.limits).items()}
 
   def _fit(self, profile: Mapping, limits: Mapping) -> dict[str, np.ndarray]:
-    s, budget = self._s, self._m.budget
+    s, budget = self._s, self._m.budget or ""  # not called without one
     return fit_budget(profile, limits, s.layers, budget, s.dense)
 
   def fit_found(self, ranks: Tree) -> Tree:

@@ -147,15 +147,14 @@ def _matrices(
     )
   spec, node = layers[path], trees.get(params, path)
   node = node if isinstance(node, Mapping) else {}
-  kernel = node.get(spec.weight)
-  shape = None if kernel is None else jnp.shape(kernel)
+  shape = jnp.shape(node[spec.weight]) if spec.weight in node else None
   if "u" in node or shape != spec.kernel_shape:
     raise CalibrationError(
       f"layer {path!r}: expected a dense {spec.weight!r} of shape"
       f" {spec.kernel_shape} to decompose, found"
       f" {'factors' if 'u' in node else shape}"
     )
-  k = np.asarray(trees.to_matrix(kernel, spec), np.float64)
+  k = np.asarray(trees.to_matrix(node[spec.weight], spec), np.float64)
   c = np.asarray(moments[path], np.float64)
   vector = (*spec.lead, spec.n_in)
   if c.shape not in (vector, (*vector, spec.n_in)):

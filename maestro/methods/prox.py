@@ -9,7 +9,7 @@ which sets components to exactly zero. docs/prox.md has the derivation.
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,14 @@ class ProximalState(NamedTuple):
     count: updates made so far, int32; the schedule's argument.
   """
 
-  count: jax.Array
+  count: jax.typing.ArrayLike
 
 
 def _check(kind: str, **strengths: Any) -> None:
   if kind not in KINDS:
     raise ProxError(f"lasso kind {kind!r} is unknown; use one of {KINDS}")
   for name, value in strengths.items():
-    if isinstance(value, jax.core.Tracer) or callable(value):
+    if trees.is_traced(value) or callable(value):
       continue
     try:
       good = math.isfinite(value) and value >= 0
@@ -213,7 +213,8 @@ def proximal(
       learning_rate(state.count) if callable(learning_rate) else learning_rate
     )
     ranks = lowrank.full_ranks(params, layers)
-    aim = prox(optax.apply_updates(params, updates), ranks, rate * lam, kind)
+    moved = cast(Tree, optax.apply_updates(params, updates))
+    aim = prox(moved, ranks, rate * lam, kind)
     changes = {}
     for path in trees.flatten_ranks(ranks):
       node, to = trees.get(params, path), trees.get(aim, path)

@@ -96,7 +96,7 @@ class ResNet18(linen.Module):
     )(x)
     x = linen.relu(x)
     if not cifar:
-      x = linen.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+      x = linen.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore
     for i, blocks in enumerate(self.stage_sizes):
       for j in range(blocks):
         x = Block(

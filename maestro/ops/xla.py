@@ -39,7 +39,8 @@ def dot(x, u, v, rank, *, bias, precision):
   """See `maestro.ops.lowrank_dot`; rank is None or an int32 scalar."""
   if rank is not None:
     u, v = mask_factor(u, "u", rank), mask_factor(v, "v", rank)
-  if _multiply_out(math.prod(x.shape[:-1]), *u.shape, v.shape[1]):
+  (n_in, r), n_out = u.shape, v.shape[1]
+  if _multiply_out(math.prod(x.shape[:-1]), n_in, r, n_out):
     kernel = jnp.dot(u, v, precision=precision)
     return _add_bias(jnp.dot(x, kernel, precision=precision), bias)
   h = jnp.dot(x, u, precision=precision)
@@ -76,7 +77,7 @@ def conv(
     out_spec=(0, last, *space),
   )
 
-  def convolve(x, u):
+  def convolve(x, u) -> Any:
     return convolution(
       x,
       u,

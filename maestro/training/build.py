@@ -185,7 +185,7 @@ class Training:
   new_state: Callable[..., TrainState]
   order: Callable[[int], jax.Array]
   optimizer: Callable[
-    [int], tuple[optax.Schedule, optax.GradientTransformation]
+    [int], tuple[Callable[[int], Any], optax.GradientTransformation]
   ]
   program: Callable[[str, int, int], Callable]
   evaluate: Callable[[Tree, data_lib.Split], dict[str, float]]
@@ -488,7 +488,7 @@ def open_run(
     facts=facts,
     model=model,
     layers=nn.layers(model, facts.example),
-    step=int(step),  # load_params has raised if there is none
+    step=int(step or 0),  # load_params has raised if there is none
     params=params,
     batch_stats=batch_stats,
     ranks=ranks,

@@ -285,7 +285,8 @@ def _save(
   t: Training,
 ) -> None:
   ledger.wall_seconds = time.monotonic() - started
-  checkpoints.keep_steps = {ledger.discover_epochs * t.steps_per_epoch}
+  landmark = ledger.discover_epochs * t.steps_per_epoch
+  checkpoints.keep_steps = frozenset({landmark})
   extra = {"ledger": dataclasses.asdict(ledger)}
   with stop.saving():
     checkpoints.save(int(state.step), state, extra)

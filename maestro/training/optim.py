@@ -255,7 +255,9 @@ def restart(
   def go_on(node):
     if not isinstance(node, _SCHEDULED):
       return node
-    return node._replace(count=jnp.asarray(step, node.count.dtype).copy())
+    return node._replace(
+      count=jnp.asarray(step, jnp.result_type(node.count)).copy()
+    )
 
   return jax.tree.map(
     go_on, tx.init(params), is_leaf=lambda node: isinstance(node, _SCHEDULED)
@@ -320,7 +322,7 @@ def _map_factors(state: Any, params: trees.Tree, ranks: trees.Tree, edit):
     _names(path): jnp.shape(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
-  factors = {
+  factors: dict[tuple[str, ...], Any] = {
     (*(layer.split("/") if layer else ()), name): rank
     for layer, rank in trees.flatten_ranks(ranks).items()
     for name in ("u", "v")

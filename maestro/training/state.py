@@ -14,8 +14,7 @@ from maestro import lowrank, streams, trees
 from maestro.training import losses, optim
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """Everything that a run needs to go on; no functions in it.
 
   Attributes:
@@ -144,7 +143,7 @@ def reset_metrics(state: TrainState) -> TrainState:
 
 
 def added(
-  sums: Mapping[str, float], window: Mapping[str, jax.Array]
+  sums: Mapping[str, float], window: Mapping[str, Any]
 ) -> dict[str, float]:
   """Adds the sums of a window of steps, read from the devices, to others."""
   host = jax.device_get(dict(window))
