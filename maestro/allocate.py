@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import pathlib
 import time
+from typing import Any
 
 import jax
 from absl import flags
@@ -63,8 +64,8 @@ def _define_flags() -> None:
     "latency_batch_size": "Examples of a forward pass, for latency_ms.",
     "latency_repeats": "Passes of which the median is taken, for latency_ms.",
   }
-  for field in dataclasses.fields(Options):
-    flags.DEFINE_integer(field.name, field.default, texts[field.name])
+  for name, default in dataclasses.asdict(Options()).items():
+    flags.DEFINE_integer(name, default, texts[name])
 
 
 def main(argv: list[str]) -> None:
@@ -76,7 +77,8 @@ def main(argv: list[str]) -> None:
     name = "budgets=macs:0.5" if values.workdir else "workdir=RUN"
     raise UserError(f"--{name} is missing")
   budgets = [Budget.parse(text) for text in values.budgets]
-  options = {f.name: values[f.name].value for f in dataclasses.fields(Options)}
+  names = (field.name for field in dataclasses.fields(Options))
+  options: dict[str, Any] = {name: values[name].value for name in names}
   run = build.open_run(values.workdir, values.checkpoint)
   dataset = data_lib.make(**run.config.data)
   start = time.monotonic()

@@ -350,8 +350,8 @@ def differences(run: pathlib.Path, reference: pathlib.Path) -> Iterator[str]:
     if json.dumps(_timeless(ours[1])) != json.dumps(_timeless(theirs[1])):
       yield f"what step {step} has counted differs"
     for path in sorted(ours[0].keys() | theirs[0].keys()):
-      pair = [leaves.get(path) for leaves in (ours[0], theirs[0])]
-      if any(x is None for x in pair) or pair[0].tobytes() != pair[1].tobytes():
+      a, b = ours[0].get(path), theirs[0].get(path)
+      if a is None or b is None or a.tobytes() != b.tobytes():
         yield f"step {step}: {path} differs"
         break
 

@@ -45,7 +45,7 @@ def _parse(argv: list[str]) -> list[str]:
       f"--config: the file cannot be run: {type(error).__name__}:"
       f" {' '.join(str(error).split())}"
     ) from error
-  config = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
+  config: Any = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
   if config is not None and config.present:
     file = config.config_filename.partition(":")[0]
     if not pathlib.Path(file).is_file():

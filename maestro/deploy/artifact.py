@@ -348,7 +348,7 @@ def _shapes(model, example, name) -> tuple[dict, dict[str, LayerSpec]]:
       f"model= is not the exported {name!r}: it does not run on inputs of shape"
       f" {example.shape}: {str(error).strip().splitlines()[0]}"
     ) from error
-  flat = traverse_util.flatten_dict(expected, sep="/")
+  flat: dict[str, Any] = traverse_util.flatten_dict(expected, sep="/")
   return {path: x.shape for path, x in flat.items()}, layers
 
 
@@ -368,7 +368,7 @@ def _check_header(reader: safetensors_io.Reader, config, path) -> None:
 
 def _check_fit(variables, expected, layers, path) -> None:
   """Raises unless the arrays are those of the model, in any form."""
-  found = traverse_util.flatten_dict(variables, sep="/")
+  found: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
   shapes = {name: x.shape for name, x in found.items()}
   wanted = dict(expected)
   for layer, node in trees.factored(variables["params"], layers).items():

@@ -229,7 +229,9 @@ def _add_latency(
   norms = _norms(run)
   dense = jax.jit(lambda p: lowrank.merge(p, run.layers))(run.params)
   config["dense"] = _totals(count_cost(run.layers, dense))
-  timed = [(config["dense"], {"params": dense, **norms})]
+  timed: list[tuple[dict, Any]] = [
+    (config["dense"], {"params": dense, **norms})
+  ]
   if len(cuts) == 1 and run.ranks:
     factors = lowrank.truncate(run.params, cuts[0].size.ranks)
     config["factored"] = _totals(count_cost(run.layers, factors))

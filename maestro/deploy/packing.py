@@ -107,7 +107,8 @@ def pack(
   tensors: dict[str, np.ndarray] = {}
   blocks: dict[str, dict[str, Any]] = {}
   factored = trees.factored(params, layers)
-  for path, x in traverse_util.flatten_dict(params, sep="/").items():
+  leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+  for path, x in leaves.items():
     layer, _, leaf = path.rpartition("/")
     name = f"params/{path}"
     if layer in factored and leaf in ("u", "v"):

@@ -198,7 +198,8 @@ def check(m: Method, settings: Settings) -> None:
   Raises:
     ConfigError: names the key.
   """
-  _decomposer(m), _rank_rule(m), _switch(m), _every_steps(m)
+  for make in (_decomposer, _rank_rule, _switch, _every_steps):
+    make(m)
   _samplers(m, settings.samplers)
   for key, table in (("shrink", SHRINKERS), ("penalty", PENALTIES)):
     if getattr(m, key) is not None:
