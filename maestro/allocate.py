@@ -44,6 +44,9 @@ from maestro.training import build
 def _define_flags() -> None:
   # Not at import: other command lines that use this module have their own.
   flags.DEFINE_string("workdir", None, "Directory of the run.")
+  flags.DEFINE_string(
+    "data_dir", None, "Prepared data; the default is TFDS_DATA_DIR."
+  )
   flags.DEFINE_list("budgets", [], "Budgets, e.g. macs:0.8,macs:0.5.")
   flags.DEFINE_enum("rule", "greedy", RULES, "How ranks are chosen.")
   flags.DEFINE_enum(
@@ -79,7 +82,7 @@ def main(argv: list[str]) -> None:
   budgets = [Budget.parse(text) for text in values.budgets]
   names = (field.name for field in dataclasses.fields(Options))
   options: dict[str, Any] = {name: values[name].value for name in names}
-  run = build.open_run(values.workdir, values.checkpoint)
+  run = build.open_run(values.workdir, values.checkpoint, values.data_dir)
   dataset = data_lib.make(**run.config.data)
   start = time.monotonic()
   rows = allocate(

@@ -5,5 +5,8 @@ class UserError(ValueError):
   """Bad input; the message names the key, layer or path and the remedy."""
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
-  """SIGTERM came; the state is saved, and the same command resumes."""
+class Interrupted(BaseException):
+  """SIGTERM came, and the same command goes on from what is saved.
+
+  No Exception, so that none who mends errors takes a signal for one.
+  """

@@ -48,7 +48,9 @@ def define_flags() -> None:
     allocate.RULES,
     "How ranks are chosen; the default is greedy, and dp for --profiles.",
   )
-  flags.DEFINE_string("data_dir", None, "Prepared data, if not where it was.")
+  flags.DEFINE_string(
+    "data_dir", None, "Prepared data; the default is TFDS_DATA_DIR."
+  )
   default = Options()
   flags.DEFINE_float(
     "tolerance",
@@ -79,12 +81,9 @@ def main(argv: list[str]) -> None:
     raise UserError("--workdir=RUN and --out=DIRECTORY are needed")
   out = pathlib.Path(values.out)
   artifact.check_target(out)  # before anything that takes long
-  run = build.open_run(values.workdir, values.checkpoint)
-  data = dict(run.config.data)
-  if values.data_dir:
-    data["data_dir"] = values.data_dir
+  run = build.open_run(values.workdir, values.checkpoint, values.data_dir)
   try:
-    dataset = data_lib.make(**data)
+    dataset = data_lib.make(**run.config.data)
   except data_lib.DataError as error:
     print(f"without the data set: {error}")
     dataset = None

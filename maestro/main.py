@@ -38,7 +38,7 @@ _EVALUATE = flags.DEFINE_bool(
   "Evaluate the newest checkpoint of --workdir, without training.",
 )
 _DATA_DIR = flags.DEFINE_string(
-  "data_dir", None, "Prepared data for --evaluate, if not where it was."
+  "data_dir", None, "Prepared data for --evaluate, if not in TFDS_DATA_DIR."
 )
 
 

@@ -55,6 +55,33 @@ class Dataset:
   num_classes: int | None
   preprocess: Callable[..., jax.Array]
 
+  def __post_init__(self):
+    for name in ("train", "val", "test"):
+      self._check(name, getattr(self, name))
+
+  def _check(self, name: str, split: Split) -> None:
+    where = f"data set {self.name!r}, {name} split"
+    if len(split.inputs) != len(split.targets):
+      raise DataError(
+        f"{where}: {len(split.inputs)} inputs but {len(split.targets)} targets"
+      )
+    for part in ("inputs", "targets"):
+      x = np.asarray(getattr(split, part))
+      if x.dtype.kind in "fc" and not np.all(np.isfinite(x)):
+        at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+        raise DataError(
+          f"{where}: {part}{list(at)} is {x[at]}; leave that example out"
+        )
+    targets = np.asarray(split.targets)
+    if self.num_classes is None or not len(targets):
+      return
+    bad = np.flatnonzero((targets < 0) | (targets >= self.num_classes))
+    if bad.size:
+      raise DataError(
+        f"{where}: targets[{bad[0]}] is {targets[bad[0]]}, no class in"
+        f" [0, {self.num_classes})"
+      )
+
   @property
   def input_shape(self) -> tuple[int, ...]:
     """The shape of one example, without the batch axis."""

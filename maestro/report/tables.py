@@ -259,7 +259,7 @@ def _percent(value, whole):
 def si(value):
   """Writes a count with a prefix: 555 M, 1.2 G."""
   for exponent, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
-    if value >= 10**exponent:
+    if value >= max(10**6, 0.9995 * 10**exponent):
       return f"{value / 10**exponent:.3g} {prefix}"
   return f"{value:,.0f}"
 

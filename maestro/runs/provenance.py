@@ -5,7 +5,10 @@ import subprocess
 
 
 def git_commit() -> str:
-  """Returns the commit of the source tree, "+" if it has changes."""
+  """Returns the commit of the package's own checkout, "+" if it has changes.
+
+  "unknown" for an installed package, whatever repository it lies in.
+  """
   here = pathlib.Path(__file__).parent
 
   def git(*args: str) -> str:
@@ -18,6 +21,9 @@ def git_commit() -> str:
     ).stdout.strip()
 
   try:
+    root = pathlib.Path(git("rev-parse", "--show-toplevel"))
+    if root != here.parents[1] or not git("ls-files", str(here)):
+      return "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no")
     return git("rev-parse", "HEAD") + ("+" if changed else "")
   except (OSError, subprocess.SubprocessError):

@@ -445,7 +445,8 @@ def open_run(
     workdir: directory of a run, finished or not.
     which: "final", the newest checkpoint, or "discover", the last one before
       settling, which has the ordering that any-size deployment needs.
-    data_dir: where prepared data is, if not where the run found it.
+    data_dir: where prepared data is; None is TFDS_DATA_DIR, as ever. Not what
+      the workdir's own config says: that may be another's.
 
   Raises:
     UserError: there is no run or no such checkpoint, or it is broken.
@@ -461,7 +462,7 @@ def open_run(
       " of a run"
     )
   c = parse(workdir_lib.read_json(workdir / "config.json"))
-  if data_dir is not None:
+  if "data_dir" in c.data or data_dir is not None:
     c = dataclasses.replace(c, data={**c.data, "data_dir": data_dir})
   facts = _read_facts(workdir / "facts.json")
   if facts is None:  # damaged, or a run of a version that did not write them

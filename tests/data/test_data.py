@@ -1,5 +1,6 @@
 """Tests of maestro.data: orders, splits, reading, and errors that help."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -433,3 +434,42 @@ def test_a_data_set_chooses_nothing_to_import(key, tmp_path, monkeypatch):
   (directory / "dataset_info.json").write_text("{}")
   with pytest.raises(data.DataError, match=r"payload\.Image.*not imported"):
     image.mnist(data_dir=str(tmp_path))
+
+
+# --- what no training can use ---
+
+
+def planted(split, part, index, value):
+  """Digits with one value replaced."""
+  digits = data.make("digits")
+  splits = {name: getattr(digits, name) for name in ("train", "val", "test")}
+  arrays = {
+    "inputs": splits[split].inputs.copy(),
+    "targets": splits[split].targets.copy(),
+  }
+  arrays[part][index] = value
+  return dataclasses.replace(digits, **{split: data.Split(**arrays)})
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize(
+  ("part", "index", "value", "words"),
+  [
+    ("inputs", (3, 1, 2, 0), np.nan, r"inputs\[3, 1, 2, 0\] is nan"),
+    ("inputs", (0, 0, 0, 0), np.inf, r"inputs\[0, 0, 0, 0\] is inf"),
+    ("targets", 5, 10, r"targets\[5\] is 10, no class in \[0, 10\)"),
+    ("targets", 7, -1, r"targets\[7\] is -1"),
+  ],
+)
+def test_data_that_cannot_be_trained_on_is_told(
+  split, part, index, value, words
+):
+  with pytest.raises(data.DataError, match=f"'digits', {split}.*{words}"):
+    planted(split, part, index, value)
+
+
+def test_inputs_and_targets_go_together():
+  digits = data.make("digits")
+  few = data.Split(digits.val.inputs, digits.val.targets[:3])
+  with pytest.raises(data.DataError, match="360 inputs but 3 targets"):
+    dataclasses.replace(digits, val=few)

@@ -20,6 +20,14 @@ BUSY = {
       except BaseException:
         pass
   """,
+  "mending": """
+    ready()
+    while True:
+      try:
+        time.sleep(0.01)
+      except Exception as error:
+        print("it is damaged, delete it", error, flush=True)
+  """,
   "polling": """
     with stop.polling() as asked:
       ready()
@@ -82,6 +90,7 @@ def test_sigterm_ends_a_command_cleanly(name):
   code, text, _ = end(process)
   assert code == 75
   assert "un the same command again" in text
+  assert "delete it" not in text
   assert ("step 3; saved" in text) == (name == "polling")
   assert ("written" in text) == (name == "saving")
 

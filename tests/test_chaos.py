@@ -1,0 +1,136 @@
+"""Disturbed runs: what is compared, and a short round of disturbances."""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from maestro import chaos
+from maestro.report import figures
+from maestro.runs import checkpoint
+from maestro.training import loop
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = {
+  "model": {"name": "mlp", "features": [8]},
+  "data": {"name": "digits"},
+  "batch_size": 359,
+  "optimizer": {"name": "sgd", "momentum": 0.9},
+  "discover": {
+    "epochs": 1,
+    "schedule": {"name": "constant", "learning_rate": 0.05},
+    "sampler": {"name": "one_layer"},
+  },
+  "settle": {
+    "epochs": 1,
+    "schedule": {"name": "constant", "learning_rate": 0.05},
+  },
+  "num_devices": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """Two finished runs of one config."""
+  root = tmp_path_factory.mktemp("runs")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(figures, "figures", lambda workdir: None)
+    for name in ("one", "other"):
+      loop.train(CONFIG, root / name)
+  return root
+
+
+@pytest.fixture
+def runs(finished, tmp_path):
+  shutil.copytree(finished, tmp_path / "runs")
+  return tmp_path / "runs" / "one", tmp_path / "runs" / "other"
+
+
+def test_two_runs_of_one_config_are_equal(runs):
+  assert not list(chaos.differences(*runs))
+
+
+def edit_json(path, change):
+  value = json.loads(path.read_text())
+  change(value)
+  path.write_text(json.dumps(value))
+
+
+def change_record(run):
+  path = run / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  record = json.loads(lines[1])
+  record["train/loss"] += 1e-9
+  path.write_text("\n".join([lines[0], json.dumps(record), *lines[2:]]) + "\n")
+
+
+def change_leaf(run):
+  """Saves the last step again, with one number changed in its last bit."""
+  steps = checkpoint.list_steps(run / "checkpoints")
+  leaves, extra = checkpoint.load_leaves(run / "checkpoints", steps[-1])
+  shutil.rmtree(run / "checkpoints" / str(steps[-1]))
+  leaves["params/fc1/bias"][0] = np.nextafter(leaves["params/fc1/bias"][0], 9)
+  state = {}
+  for path, x in leaves.items():
+    node, *rest = [state, *path.split("/")]
+    for name in rest[:-1]:
+      node = node.setdefault(name, {})
+    node[rest[-1]] = x
+  with checkpoint.Checkpoints(run / "checkpoints", keep=9) as saved:
+    saved.save(steps[-1], state, extra)
+
+
+CHANGES = {
+  "results.json": lambda run: edit_json(
+    run / "results.json",
+    lambda r: r["final"]["metrics"].update(
+      loss=r["final"]["metrics"]["loss"] + 1e-9
+    ),
+  ),
+  "importance.json": lambda run: (run / "importance.json").unlink(),
+  "metrics.jsonl": change_record,
+  "params/fc1/bias": change_leaf,
+  "checkpoints of steps": lambda run: shutil.rmtree(
+    run / "checkpoints" / str(checkpoint.list_steps(run / "checkpoints")[0])
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_least_difference_is_found(name, runs):
+  CHANGES[name](runs[0])
+  (found,) = chaos.differences(*runs)
+  assert name in found
+
+
+def test_what_a_clock_measures_is_no_difference(runs):
+  edit_json(runs[0] / "results.json", lambda r: r.update(wall_seconds=1e9))
+  assert not list(chaos.differences(*runs))
+
+
+def test_a_few_disturbances_leave_no_trace(tmp_path):
+  config = tmp_path / "config.py"
+  config.write_text(
+    "import json\n"
+    "from ml_collections import ConfigDict\n"
+    "def get_config(arg=''):\n"
+    f"  return ConfigDict(json.loads({json.dumps(CONFIG)!r})).lock()\n"
+  )
+  command = [sys.executable, "-m", "maestro.main", f"--config={config}"]
+  events = chaos.disturb(command, tmp_path / "runs", kills=3, seed=2)
+  assert len(events) == 3
+  assert not [event for event in events if event.fault]
+  text = chaos.table(events)
+  assert len(text.splitlines()) == 4 and "as it should" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["digits_od", "lenet_od"])
+def test_many_disturbances_leave_no_trace(config, tmp_path):
+  path = ROOT / "configs" / f"{config}.py"
+  command = [sys.executable, "-m", "maestro.main", f"--config={path}:smoke"]
+  events = chaos.disturb(command, tmp_path / "runs", kills=20, seed=0)
+  assert not [event for event in events if event.fault]
