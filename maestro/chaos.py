@@ -142,8 +142,7 @@ def main(argv: list[str]) -> None:
   workdir = pathlib.Path(values.workdir or f"{default_workdir(name)}_chaos")
   if workdir.exists() and any(workdir.iterdir()):
     raise UserError(f"--workdir: {workdir} is not empty; choose another one")
-  own = [arg for arg in sys.argv[1:] if arg.startswith("--config")]
-  command = [sys.executable, "-m", "maestro.main", *own]
+  command = [sys.executable, "-m", "maestro.main", *flags_of_config(sys.argv)]
   events = disturb(command, workdir, values.kills, values.seed)
   print(f"\n{table(events)}\n")
   bad = [event for event in events if event.fault]
@@ -152,6 +151,15 @@ def main(argv: list[str]) -> None:
   if bad:
     print(f"look at {workdir}: each run has its log.txt")
     sys.exit(1)
+
+
+def flags_of_config(argv: list[str]) -> list[str]:
+  """The flags of a command line that set the config or a key of it."""
+  own = []
+  for arg, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    if arg.startswith("--config"):
+      own.append(arg if "=" in arg else f"{arg}={following}")
+  return own
 
 
 def disturb(

@@ -14,7 +14,7 @@ import jax
 # What leaves the numbers of an array as they are.
 _SAME = frozenset(
   (
-    *("broadcast_in_dim", "convert_element_type", "copy", "copy_p"),
+    *("broadcast_in_dim", "convert_element_type", "copy"),
     *("dynamic_slice", "expand_dims", "optimization_barrier", "pvary"),
     *("reduce_precision", "reshape", "sharding_constraint", "slice"),
     *("squeeze", "stop_gradient", "transpose"),

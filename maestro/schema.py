@@ -97,7 +97,8 @@ def _convert(value: Any, kind: Any, where: str, allowed: Any = None) -> Any:
     return _convert(value, fitting, where, allowed)
   if origin in (Sequence, tuple, list) and args:
     made = [_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
-    return value if all(map(_same, made, value)) else tuple(made)
+    same = all(a is b for a, b in zip(made, value, strict=True))
+    return value if same else tuple(made)
   if kind in (int, float) or (kind is Any and isinstance(value, float)):
     if not math.isfinite(value):
       raise ConfigError(f"{where}: {value} is no finite number")
@@ -107,10 +108,6 @@ def _convert(value: Any, kind: Any, where: str, allowed: Any = None) -> Any:
     kind = typing.cast(type, kind)
     return kind(**bind(kind, value, where))
   return value
-
-
-def _same(a: Any, b: Any) -> bool:
-  return a is b
 
 
 def check_name(value: Any, known: Iterable[Any], where: str) -> None:
@@ -190,7 +187,7 @@ def _names(kind: Any) -> tuple:
   if typing.get_origin(kind) in (typing.Union, types.UnionType):
     literals = [a for arg in args for a in _names(arg)]
     if literals and all(_names(a) or a is type(None) for a in args):
-      return (None, *literals)
+      return (*literals, *([None] if type(None) in args else []))
   return ()
 
 

@@ -134,3 +134,13 @@ def test_many_disturbances_leave_no_trace(config, tmp_path):
   command = [sys.executable, "-m", "maestro.main", f"--config={path}:smoke"]
   events = chaos.disturb(command, tmp_path / "runs", kills=20, seed=0)
   assert not [event for event in events if event.fault]
+
+
+def test_the_flags_of_a_config_are_passed_on_however_they_are_written():
+  argv = ["chaos", "--config", "a.py:smoke", "--kills=3", "--config.seed=1"]
+  argv += ["--config.model.features", "(8,)", "--workdir", "x"]
+  assert chaos.flags_of_config(argv) == [
+    "--config=a.py:smoke",
+    "--config.seed=1",
+    "--config.model.features=(8,)",
+  ]

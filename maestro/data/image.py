@@ -176,8 +176,8 @@ def _find(name, data_dir) -> pathlib.Path:
   ]
   if not versions:
     raise DataError(
-      f"no data set {name!r} in {root}. Point config.data.data_dir or the"
-      " environment variable TFDS_DATA_DIR to the directory that holds"
+      f"no data set {name!r} in {root}. Point --data_dir, config.data.data_dir"
+      " or the environment variable TFDS_DATA_DIR to the directory that holds"
       f" {name}/<version>/, or prepare it there (needs a network and"
       f" TensorFlow, once):\n{_prepare_command(name, root)}"
     )

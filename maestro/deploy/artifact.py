@@ -36,6 +36,7 @@ from maestro.deploy import files as safetensors_io
 from maestro.deploy import packing
 from maestro.errors import UserError
 from maestro.models import MODELS
+from maestro.runs import stop
 from maestro.runs import workdir as workdir_lib
 from maestro.trees import LayerSpec
 
@@ -440,9 +441,10 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
     new.mkdir(parents=True)
     yield new
     check_target(out)
-    if out.exists():
-      out.rename(old)
-    new.rename(out)
+    with stop.saving():
+      if out.exists():
+        out.rename(old)
+      new.rename(out)
   except OSError as error:
     raise ArtifactError(
       f"cannot write --out={out}: {error.strerror or error}; free space or"

@@ -19,6 +19,7 @@ import optax
 from maestro import lowrank, schema, trees
 from maestro.cost.budget import fit_budget, parse_budget
 from maestro.cost.count import Cost
+from maestro.introspect import mode
 from maestro.lowrank import Rule
 from maestro.methods import calibrate, freeze, prox
 from maestro.methods.decomposers import DECOMPOSERS, SUPPLIED
@@ -327,7 +328,7 @@ def _decompose(
     selected = {path: s.layers[path] for path in ranks.limits}
     batches = s.batches(examples)
     return calibrate.second_moments(
-      s.model, variables, batches, selected, train=False
+      s.model, variables, batches, selected, **mode(s.model, train=False)
     )
 
   factored = _decomposer(m)(params, rules, s.layers, moments=moments, key=s.key)

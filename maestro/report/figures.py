@@ -1,7 +1,9 @@
 """Figures of one run: ranks, importances, score and cost over the epochs."""
 
 import math
+import os
 import pathlib
+import shutil
 
 import matplotlib
 import matplotlib.cm
@@ -27,7 +29,8 @@ def figures(workdir, *, out=None):
 
   `ranks.png`: each layer's rank over the epochs; `importance.png`: spectra at
   the start, the end of discover and the end; `cost.png`: validation score and
-  cost over the epochs. They go to `workdir/report`, or to `out`.
+  cost over the epochs. They go to `workdir/report`, or to `out`; a directory
+  that is made for them holds all of them or does not exist.
   """
   workdir = pathlib.Path(workdir)
   out = pathlib.Path(out) if out else workdir / "report"
@@ -38,14 +41,21 @@ def figures(workdir, *, out=None):
     "importance.png": lambda: _draw_importance(workdir, results),
     "cost.png": lambda: _draw_cost(records, results),
   }
-  paths = []
+  paths, new = [], out.with_name(f".{out.name}.new")
+  shutil.rmtree(new, ignore_errors=True)
   with matplotlib.rc_context(STYLE):
     for name, draw in drawn.items():
       figure = draw()
       if figure is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out / name)
+        new.mkdir(parents=True, exist_ok=True)
+        figure.savefig(new / name)
         paths.append(out / name)
+  if paths and not out.exists():
+    new.rename(out)
+  else:  # beside files of others
+    for path in paths:
+      os.replace(new / path.name, path)
+    shutil.rmtree(new, ignore_errors=True)
   return paths
 
 

@@ -143,7 +143,7 @@ def make_recalibrator(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Training:
-  """What a config describes, built; the loop knows no more of it.
+  """What a config describes, built: what an epoch needs, and no config.
 
   Attributes:
     mesh: the devices.

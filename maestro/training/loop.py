@@ -129,6 +129,9 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         # --- Its end: shrink, perhaps cut, perhaps change the phase -----------
         record = _means(t, name, state, ledger)
         check_finite(record, step, checkpoints)
+        # Before a switch may give what is left another schedule.
+        schedule, _ = t.optimizer(ledger.discover_epochs)
+        record["learning_rate"] = float(schedule(step - 1))
         state, ledger.sums = reset_metrics(state), {}
         if state.ranks and getattr(c, name).shrink and t.method.shrink:
           state = shrink_state(state, t.method.shrink)
@@ -155,8 +158,6 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           record |= {f"val/{key}": value for key, value in values.items()}
           check_finite(record, step, checkpoints)
         record |= rank_record(t.layers, state)
-        schedule, _ = t.optimizer(ledger.discover_epochs)
-        record["learning_rate"] = float(schedule(step - 1))
         record["examples_per_second"] = done.examples_per_second
         writer.write(step, epoch + 1, record | {"phase": int(name == "settle")})
         writer.progress(

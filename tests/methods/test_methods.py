@@ -338,6 +338,18 @@ def test_cuttlefish_ends_discover_when_stable_ranks_settle(tmp_path):
   assert not saved(tmp_path, 16)[1] and saved(tmp_path, 24)[1]
 
 
+def test_the_epoch_that_ends_discover_records_the_rate_that_it_had(tmp_path):
+  switch = {"name": "stable_ranks", "tolerance": 1e3}
+  cosine = {"name": "cosine", "learning_rate": 0.05}
+  discover = BASE["discover"] | {"epochs": 4, "schedule": cosine}
+  c = config({"name": "cuttlefish", "switch": switch}, discover=discover)
+  train.train(c, tmp_path)
+  rates = {r["epoch"]: r.get("learning_rate") for r in metrics.read(tmp_path)}
+  # Steps 0 .. 15 of a cosine over 4 epochs of 8 steps, whatever came then.
+  wanted = 0.025 * (1 + np.cos(np.pi * 15 / 32))
+  assert rates[2] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_the_end_of_a_shortened_discover_is_kept(tmp_path, monkeypatch):
   switch = {"name": "stable_ranks", "tolerance": 1e3}
   discover = BASE["discover"] | {"epochs": 4}

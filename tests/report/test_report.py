@@ -340,6 +340,32 @@ def test_figures(tmp_path, layers):
     check_png(path)
 
 
+def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
+  """Killed after any of its pictures, and drawn again over the remains."""
+  make_run(tmp_path)
+  save, count = matplotlib.figure.Figure.savefig, 0
+
+  def killed(self, path, **options):
+    nonlocal count
+    count += 1
+    save(self, path, **options)
+    if count == 2:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(matplotlib.figure.Figure, "savefig", killed)
+    with pytest.raises(KeyboardInterrupt):
+      figures.figures(tmp_path)
+  assert not (tmp_path / "report").exists()
+  paths = figures.figures(tmp_path)
+  assert len(paths) == 3 and all(path.exists() for path in paths)
+  assert not list(tmp_path.glob(".report*"))
+  mine = tmp_path / "report" / "mine.txt"
+  mine.write_text("kept")
+  figures.figures(tmp_path)
+  assert mine.read_text() == "kept" and not list(tmp_path.glob(".report*"))
+
+
 def test_figures_of_a_dense_run(tmp_path):
   workdir = make_run(tmp_path / "run", 3, score="loss")
   (workdir / "importance.json").unlink()
