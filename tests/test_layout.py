@@ -1,6 +1,7 @@
 """Tests the rules of what may import what, and that every file says why."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -13,6 +14,7 @@ FILES = sorted(
 )
 
 
+@functools.cache
 def _tree(path):
   return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 

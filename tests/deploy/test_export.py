@@ -532,7 +532,7 @@ def test_a_merged_layer_cannot_be_truncated(runs, tmp_path):
 
 
 def test_the_command_line(runs, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(build, "open_run", lambda workdir, which: runs("mlp"))
+  monkeypatch.setattr(build, "open_run", lambda *asked: runs("mlp"))
   monkeypatch.setattr(data_lib, "make", _no_data)
   flags = {name: None for name in ("budget", "ranks", "rule", "data_dir")}
   flags |= {"workdir": "run", "checkpoint": "final", "profiles": []}

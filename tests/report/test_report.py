@@ -342,7 +342,8 @@ def test_figures(tmp_path, layers):
 
 def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
   """Killed after any of its pictures, and drawn again over the remains."""
-  make_run(tmp_path)
+  workdir = tmp_path / "run"
+  make_run(workdir)
   save, count = matplotlib.figure.Figure.savefig, 0
 
   def killed(self, path, **options):
@@ -355,15 +356,15 @@ def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(matplotlib.figure.Figure, "savefig", killed)
     with pytest.raises(KeyboardInterrupt):
-      figures.figures(tmp_path)
-  assert not (tmp_path / "report").exists()
-  paths = figures.figures(tmp_path)
+      figures.figures(workdir)
+  assert not (workdir / "report").exists()
+  paths = figures.figures(workdir)
   assert len(paths) == 3 and all(path.exists() for path in paths)
-  assert not list(tmp_path.glob(".report*"))
-  mine = tmp_path / "report" / "mine.txt"
+  assert not list(workdir.glob(".report*"))
+  mine = workdir / "report" / "mine.txt"
   mine.write_text("kept")
-  figures.figures(tmp_path)
-  assert mine.read_text() == "kept" and not list(tmp_path.glob(".report*"))
+  figures.figures(workdir)
+  assert mine.read_text() == "kept" and not list(workdir.glob(".report*"))
 
 
 def test_figures_of_a_dense_run(tmp_path):
