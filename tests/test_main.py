@@ -18,7 +18,7 @@ from maestro.errors import Interrupted
 from maestro.models import MODELS
 from maestro.training import build, optim
 from maestro.training import loop as train
-from maestro.training.config import parse
+from maestro.training.config import clock_of, parse
 
 # ml_collections loads config files by a deprecated method.
 pytestmark = pytest.mark.filterwarnings(
@@ -270,11 +270,9 @@ def test_every_shipped_config_builds(path, variant, method):
     facts = build.Facts.of(dataset)
     model, x = build.make_model(c, facts), facts.example
   layers = nn.layers(model, x)
-  phases = [
-    (p, getattr(c, p).epochs, getattr(c, p).schedule)
-    for p in ("discover", "settle")
-  ]
-  tx = optim.make(c.optimizer, optim.make_schedule(phases, 10))
+  sections = {p: getattr(c, p).schedule for p in ("discover", "settle")}
+  schedule = optim.make_schedule(sections, clock_of(c, 10))
+  tx = optim.make(c.optimizer, schedule)
 
   def initial(key):
     params = model.init(key, jax.numpy.zeros(x.shape, x.dtype))["params"]

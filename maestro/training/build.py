@@ -25,8 +25,16 @@ from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
 from maestro.training import optim
 from maestro.training.batch_norm import make_recalibrate
-from maestro.training.config import Config, parse
+from maestro.training.config import (
+  PHASES,
+  Config,
+  clock_of,
+  parse,
+  periods_of,
+)
+from maestro.training.durations import Clock, Periods
 from maestro.training.evaluate import make_evaluate
+from maestro.training.results import Ledger
 from maestro.training.state import TrainState, new_state
 from maestro.training.step import make_dispatch, make_step
 from maestro.trees import LayerSpec, Tree
@@ -153,17 +161,15 @@ class Training:
     layers: {path: LayerSpec} of the model.
     dense: cost of the dense network.
     method: what config.method stands for.
-    batch_size: examples a step.
-    epochs: of both phases.
-    steps_per_epoch: without a last, smaller batch.
+    clock: how long the phases are, in steps.
     steps_per_dispatch: steps a call of the device.
-    log_every_steps: steps to a record of training metrics; None for an epoch's.
+    periods: steps from one log, evaluation, ... to the next.
     macs_per_example: of a step, in MACs of a forward pass.
     initial: () -> (dense params, batch_stats) to start from.
     new_state: (optimizer, params, batch_stats, ranks) -> TrainState at step 0.
     order: epoch -> the order of the training examples.
-    optimizer: length of discover -> (learning rate's schedule, optimizer).
-    program: (phase, length of discover, steps) -> compiled steps.
+    optimizer: steps of discover -> (learning rate's schedule, optimizer).
+    program: (phase, steps of discover, steps) -> compiled steps.
     evaluate: (variables, split) -> metrics.
     recalibrate: variables -> variables with batch statistics of their own.
   """
@@ -175,11 +181,9 @@ class Training:
   layers: Mapping[str, LayerSpec]
   dense: Cost
   method: methods.Bound
-  batch_size: int
-  epochs: int
-  steps_per_epoch: int
+  clock: Clock
   steps_per_dispatch: int
-  log_every_steps: int | None
+  periods: Periods
   macs_per_example: int
   initial: Callable[[], tuple[Tree, Tree]]
   new_state: Callable[..., TrainState]
@@ -191,11 +195,6 @@ class Training:
   evaluate: Callable[[Tree, data_lib.Split], dict[str, float]]
   recalibrate: Callable[[Tree], Tree]
 
-  @property
-  def total_steps(self) -> int:
-    """Steps of the whole run."""
-    return self.epochs * self.steps_per_epoch
-
 
 def check(c: Config) -> None:
   """Checks what needs no data: devices, the method's pieces, the optimizer.
@@ -205,7 +204,9 @@ def check(c: Config) -> None:
   """
   make_mesh(c.num_devices)
   methods.check(c.method, settings(c))
-  optim.make(c.optimizer, _schedule(c, c.discover.epochs, 1000))
+  clock = clock_of(c, 1000)
+  periods_of(c, clock)
+  optim.make(c.optimizer, _schedule(c, clock))
 
 
 def make_training(c: Config) -> Training:
@@ -218,7 +219,8 @@ def make_training(c: Config) -> Training:
   facts = Facts.of(dataset)
   model = make_model(c, facts)
   layers = nn.layers(model, facts.example)
-  steps_per_epoch = _steps_per_epoch(c, len(dataset.train), mesh.size)
+  n = _steps_per_epoch(c, len(dataset.train), mesh.size)
+  clock = clock_of(c, n)
   shapes = jax.eval_shape(model.init, jax.random.key(0), facts.example)
   dense = count_cost(layers, shapes["params"])
   random = functools.partial(_random, c.seed, model, facts.example)
@@ -236,22 +238,21 @@ def make_training(c: Config) -> Training:
   )
 
   @functools.cache
-  def optimizer(discover_epochs: int):
-    schedule = _schedule(c, discover_epochs, steps_per_epoch)
-    end = discover_epochs * steps_per_epoch
+  def optimizer(discover: int):
+    schedule = _schedule(c, clock.ending_discover(discover))
     tx = optim.make(c.optimizer, schedule)
-    return schedule, method.optimizer(tx, schedule, end)
+    return schedule, method.optimizer(tx, schedule, discover)
 
   @functools.cache
-  def program(phase: str, discover_epochs: int, steps: int) -> Callable:
+  def program(phase: str, discover: int, steps: int) -> Callable:
     step = make_step(
       model,
-      optimizer(discover_epochs)[1],
+      optimizer(discover)[1],
       loss=c.loss,
       preprocess=dataset.preprocess,
       sampler=method.samplers[phase],
       batch_size=c.batch_size,
-      steps_per_epoch=steps_per_epoch,
+      steps_per_epoch=clock.steps_per_epoch,
       lam=method.lams[phase],
       penalty=method.penalty,
       full_pass=c.full_pass,
@@ -272,11 +273,9 @@ def make_training(c: Config) -> Training:
     layers=layers,
     dense=dense,
     method=method,
-    batch_size=c.batch_size,
-    epochs=c.epochs,
-    steps_per_epoch=steps_per_epoch,
-    steps_per_dispatch=c.steps_per_dispatch or _dispatch_size(steps_per_epoch),
-    log_every_steps=c.log_every_steps,
+    clock=clock,
+    steps_per_dispatch=c.steps_per_dispatch or _dispatch_size(n),
+    periods=periods_of(c, clock),
     # A backward pass is taken as two forward passes.
     macs_per_example=3 if c.full_pass is None else 6,
     initial=initial,
@@ -291,7 +290,7 @@ def make_training(c: Config) -> Training:
 
 def settings(c: Config) -> methods.Settings:
   """What the rest of a config says to its method."""
-  phases = {"discover": c.discover, "settle": c.settle}
+  phases = {name: getattr(c, name) for name in PHASES}
   return methods.Settings(
     rules=c.rules,
     samplers={name: phase.sampler for name, phase in phases.items()},
@@ -302,15 +301,9 @@ def settings(c: Config) -> methods.Settings:
   )
 
 
-def _schedule(
-  c: Config, discover_epochs: int, steps_per_epoch: int
-) -> optax.Schedule:
-  """The learning rate, for a length of the discover phase."""
-  phases = (
-    ("discover", discover_epochs, c.discover.schedule),
-    ("settle", c.epochs - discover_epochs, c.settle.schedule),
-  )
-  return optim.make_schedule(phases, steps_per_epoch)
+def _schedule(c: Config, clock: Clock) -> optax.Schedule:
+  sections = {name: getattr(c, name).schedule for name in PHASES}
+  return optim.make_schedule(sections, clock)
 
 
 def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
@@ -471,12 +464,12 @@ def open_run(
   steps = checkpoint.list_steps(directory)
   step = max(steps, default=None)
   if which == "discover":
-    epochs = c.discover.epochs
+    n = facts.train_examples // c.batch_size
+    ledger = {}
     if step is not None:  # a method may have ended it early
       ledger = checkpoint.load_params(directory, step)[3].get("ledger", {})
-      epochs = ledger.get("discover_epochs", epochs)
-    step = epochs * (facts.train_examples // c.batch_size)
-    if step not in steps or not epochs:
+    step = Ledger.load(ledger, clock_of(c, n)).discover_steps
+    if step not in steps or not step:
       raise UserError(
         f"{directory} has no checkpoint of the end of discover (step {step});"
         f" there are {steps}. Train on, or use --checkpoint=final"

@@ -16,6 +16,9 @@ from maestro.schema import (
   Weight,
   bind,
 )
+from maestro.training.durations import Clock, Duration, Periods
+
+PHASES = ("discover", "settle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +26,23 @@ class Phase:
   """One part of a run: what is sampled, penalised and shrunk, for how long.
 
   Attributes:
-    epochs: its length.
     schedule: learning-rate schedule of this phase, see `training.optim`.
     lam: lambda, the weight of the group lasso.
     sampler: ordered-dropout sampler, see `maestro.sampling`.
-    shrink: whether ranks are lowered after each epoch.
+    epochs: its length.
+    length: its length in any unit, such as "steps:5000" (see
+      `training.durations`), in place of epochs.
+    shrink: whether ranks are lowered at the phase's end, and before it
+    shrink_every: so often, such as "steps:500"; None is after each epoch.
   """
 
-  epochs: Natural
   schedule: Mapping
+  epochs: Natural | None = None
+  length: str | None = None
   lam: Weight = 0.0
   sampler: Mapping = dataclasses.field(default_factory=lambda: {"name": "full"})
   shrink: bool = False
+  shrink_every: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +86,12 @@ class Checkpointing:
   Attributes:
     every_epochs: a checkpoint at the end of every so many epochs; the ends of
       both phases are always saved.
+    every: the same in any unit, such as "steps:500", in place of every_epochs.
     keep: the newest so many are kept, and always the end of discover.
   """
 
   every_epochs: Count = 1
+  every: str | None = None
   keep: Count = 2
 
 
@@ -109,9 +119,11 @@ class Config:
     init_from: workdir of another run, whose newest checkpoint is the start.
     checkpoint: how often, and how many.
     eval_every_epochs: evaluation on the validation split.
+    eval_every: the same in any unit, in place of eval_every_epochs.
     batch_norm_examples: training examples from which batch statistics are
       computed anew before a factored network is evaluated; None is all.
     log_every_steps: training metrics; None is once an epoch.
+    log_every: the same in any unit, in place of log_every_steps.
     steps_per_dispatch: steps per call of the device; None is 1 on CPUs, and up
       to 16 on accelerators.
     num_devices: devices to split the batch over; None is all.
@@ -134,15 +146,12 @@ class Config:
   init_from: str | None = None
   checkpoint: Checkpointing = Checkpointing()
   eval_every_epochs: Count = 1
+  eval_every: str | None = None
   batch_norm_examples: Count | None = 4096
   log_every_steps: Count | None = None
+  log_every: str | None = None
   steps_per_dispatch: Count | None = None
   num_devices: Count | None = None
-
-  @property
-  def epochs(self) -> int:
-    """Epochs of both phases."""
-    return self.discover.epochs + self.settle.epochs
 
 
 def parse(config: Mapping[str, Any]) -> Config:
@@ -157,7 +166,8 @@ def parse(config: Mapping[str, Any]) -> Config:
     )
   method = parse_method(config.get("method", "maestro"))
   c = Config(**bind(Config, dict(config) | {"method": method}, "config"))
-  if not c.epochs:
+  discover, settle = (length_of(c, name).value for name in PHASES)
+  if not discover and not settle:
     raise ConfigError(
       "config.discover.epochs and config.settle.epochs are both 0: no training"
     )
@@ -166,9 +176,50 @@ def parse(config: Mapping[str, Any]) -> Config:
       "config.full_pass.distill: soft targets need config.loss="
       '"cross_entropy"; set it to 0'
     )
-  if method.decompose == "settle" and not c.settle.epochs:
+  if method.decompose == "settle" and not settle:
     raise ConfigError(
       "config.settle.epochs: 0, but config.method decomposes at the start of"
       ' settle; raise it, or set config.method.decompose to "end"'
     )
   return c
+
+
+def length_of(c: Config, phase: str) -> Duration:
+  """How long a phase is, in the unit that the config gives."""
+  section, where = getattr(c, phase), f"config.{phase}"
+  if section.epochs is None and section.length is None:
+    raise ConfigError(f"{where}.epochs: missing key, and no {where}.length")
+  text = section.length or f"epochs:{section.epochs}"
+  return Duration.parse(text, f"{where}.length")
+
+
+def clock_of(c: Config, steps_per_epoch: int) -> Clock:
+  """The lengths of both phases, in steps."""
+  lengths = [length_of(c, phase) for phase in PHASES]
+  return Clock(steps_per_epoch, c.batch_size).of(*lengths)
+
+
+def periods_of(c: Config, clock: Clock) -> Periods:
+  """Steps from one log, evaluation, checkpoint or shrinking to the next."""
+
+  def steps(text: str | None, default: str, where: str) -> int:
+    length = Duration.parse(text or default, where)
+    if not length.value:
+      raise ConfigError(f"{where}: {text!r} is never; set it to more than 0")
+    return clock.steps(length)
+
+  log, saves = c.log_every or f"steps:{c.log_every_steps}", c.checkpoint
+  logs = c.log_every is not None or c.log_every_steps is not None
+  every = f"epochs:{saves.every_epochs}"
+  return Periods(
+    log=steps(log, log, "config.log_every") if logs else None,
+    evaluate=steps(
+      c.eval_every, f"epochs:{c.eval_every_epochs}", "config.eval_every"
+    ),
+    save=steps(saves.every, every, "config.checkpoint.every"),
+    shrink={
+      name: steps(phase.shrink_every, "epochs:1", f"config.{name}.shrink_every")
+      for name in PHASES
+      if (phase := getattr(c, name)).shrink
+    },
+  )

@@ -1,4 +1,4 @@
-"""One epoch of steps: dispatched ahead, read one dispatch late, checked."""
+"""The steps of a round: dispatched ahead, read one dispatch late, checked."""
 
 import dataclasses
 import time
@@ -14,6 +14,7 @@ from maestro.runs import stop
 from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Writer
 from maestro.training.build import Training
+from maestro.training.durations import every
 from maestro.training.results import Ledger, rank_text
 from maestro.training.state import (
   TrainState,
@@ -29,8 +30,8 @@ class TrainingError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Epoch:
-  """What became of an epoch's steps.
+class Round:
+  """What became of a round's steps.
 
   Attributes:
     loss: of the last step.
@@ -45,25 +46,35 @@ class Epoch:
   examples_per_second: float
 
 
-def run_epoch(
+def end_of_round(t: Training, ledger: Ledger, step: int) -> int:
+  """The next step at which an epoch or a phase ends, or something is due."""
+  phase, p = ledger.phase(step), t.periods
+  periods = (t.clock.steps_per_epoch, p.evaluate, p.save, p.shrink.get(phase))
+  ends = [step - step % n + n for n in periods if n is not None]
+  if phase == "discover":
+    ends.append(ledger.discover_steps)
+  return min(*ends, t.clock.total)
+
+
+def run_round(
   t: Training,
   state: TrainState,
   arrays: Mapping[str, jax.Array],
   ledger: Ledger,
-  epoch: int,
+  end: int,
   *,
   writer: Writer,
   checkpoints: Checkpoints,
   stop_asked: Callable[[], bool],
-) -> tuple[TrainState, Epoch]:
-  """Makes the steps of an epoch that are left.
+) -> tuple[TrainState, Round]:
+  """Makes the steps up to the end of a round, all in one epoch and phase.
 
   Args:
     t: the run.
     state: donated.
     arrays: inputs and targets of the training split, on the devices.
     ledger: gets what the steps cost.
-    epoch: from 0.
+    end: the step to stop at.
     writer: of the metrics.
     checkpoints: to name the last good one.
     stop_asked: true once the run is to stop after the current dispatch.
@@ -71,13 +82,13 @@ def run_epoch(
   Raises:
     TrainingError: a loss is not finite.
   """
-  name, method = ledger.phase(epoch), t.method
-  schedule, _ = t.optimizer(ledger.discover_epochs)
+  step = first = int(state.step)
+  name, method, started = ledger.phase(step), t.method, time.monotonic()
+  schedule, _ = t.optimizer(ledger.discover_steps)
+  epoch = step // t.clock.steps_per_epoch
   macs = count_cost(t.layers, state.params).macs
   form, ranks = form_of(state.params), jax.device_get(state.ranks)
   data = dict(arrays) | {"order": replicate(t.order(epoch), t.mesh)}
-  step = first = int(state.step)
-  end, started = (epoch + 1) * t.steps_per_epoch, time.monotonic()
 
   def read(step: int, losses: jax.Array, window: Mapping | None) -> float:
     """Reads a dispatch that ended at a step; the device is at the next one."""
@@ -85,8 +96,8 @@ def run_epoch(
     seconds = time.monotonic() - started
     writer.progress(
       step,
-      f"epoch {epoch + 1}/{t.epochs} {name} loss {loss:.3f}{rank_text(ranks)}",
-      examples_per_second=(step - first) * t.batch_size / seconds,
+      f"{t.clock.text(step)} {name} loss {loss:.3f}{rank_text(ranks)}",
+      examples_per_second=(step - first) * t.clock.batch_size / seconds,
     )
     if window is not None:
       sums = added({}, window)
@@ -100,7 +111,7 @@ def run_epoch(
   while step < end and not (stop_asked() and step > first):
     n = _until(step, end, t)
     ledger.compiles(f"{name}, {n} steps, {form}")
-    program = t.program(name, ledger.discover_epochs, n)
+    program = t.program(name, ledger.discover_steps, n)
     began = time.monotonic()
     state, losses = program(state, data)
     step += n
@@ -113,29 +124,25 @@ def run_epoch(
     if unread is not None:
       loss = read(*unread)
     window = None
-    if every(step, t.log_every_steps) and step < end:
+    if every(step, t.periods.log) and step < end:
       window, state = state.metrics, reset_metrics(state)
     unread = step, losses, window
     if step - n > first:  # the first may compile
       stop.expect_poll(3 * (time.monotonic() - began))
   if unread is not None:
     loss = read(*unread)
-  seconds, examples = time.monotonic() - started, (step - first) * t.batch_size
+  seconds = time.monotonic() - started
+  examples = (step - first) * t.clock.batch_size
   ledger.macs += t.macs_per_example * examples * macs
   ledger.examples += examples
   ledger.train_seconds += seconds
-  return state, Epoch(loss, step, step == end, examples / max(seconds, 1e-9))
-
-
-def every(step: int, n: int | None) -> bool:
-  """True at steps (or epochs) n, 2n, ...; never if n is None."""
-  return n is not None and step % n == 0
+  return state, Round(loss, step, step == end, examples / max(seconds, 1e-9))
 
 
 def _until(step: int, end: int, t: Training) -> int:
   """Steps of the next dispatch: up to the next thing that the host does."""
   n = min(t.steps_per_dispatch, end - step)
-  for period in (t.log_every_steps, t.method.project_every):
+  for period in (t.periods.log, t.method.project_every):
     n = min(n, period - step % period) if period else n
   return n
 

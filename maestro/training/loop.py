@@ -29,7 +29,8 @@ from maestro.runs import workdir as workdir_lib
 from maestro.training import build, optim
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
-from maestro.training.epoch import check_finite, every, run_epoch
+from maestro.training.durations import every
+from maestro.training.epoch import check_finite, end_of_round, run_round
 from maestro.training.results import (
   Ledger,
   alarms_of,
@@ -87,8 +88,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
 
     # --- Resume from the newest checkpoint, or start --------------------------
-    resumed = _resume(t, c.discover.epochs, checkpoints)
-    state, ledger = resumed or _start(t, c.discover.epochs, workdir)
+    state, ledger = _resume(t, checkpoints) or _start(t, workdir)
     started -= ledger.wall_seconds
     if state.ranks:
       ranks = state.ranks
@@ -100,23 +100,23 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     step = int(state.step)
 
     with metrics.Writer(
-      workdir, total_steps=t.total_steps, resume_step=step
+      workdir, total_steps=t.clock.total, resume_step=step
     ) as writer:
       if step == 0:
         record = rank_record(t.layers, state)
-        writer.write(0, 0, record | {"phase": int(not ledger.discover_epochs)})
-      for epoch in range(step // t.steps_per_epoch, t.epochs):
-        name, last = ledger.phase(epoch), epoch + 1 == t.epochs
-        if step == ledger.discover_epochs * t.steps_per_epoch:
+        writer.write(0, 0, record | {"phase": int(not ledger.discover_steps)})
+      while step < t.clock.total:
+        name, end = ledger.phase(step), end_of_round(t, ledger, step)
+        if step == ledger.discover_steps:
           state = _enter_settle(t, state, ledger, c.truncate)
 
-        # --- One epoch of steps -----------------------------------------------
-        state, done = run_epoch(
+        # --- Steps, up to the next one after which something is due -----------
+        state, done = run_round(
           t,
           state,
           arrays,
           ledger,
-          epoch,
+          end,
           writer=writer,
           checkpoints=checkpoints,
           stop_asked=stop_asked,
@@ -124,28 +124,26 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         step = done.step
         if not done.whole:
           _save(checkpoints, state, ledger, started, t)
-          raise Interrupted(f"stopped at step {step} of {t.total_steps}; saved")
+          raise Interrupted(f"stopped at step {step} of {t.clock.total}; saved")
 
-        # --- Its end: shrink, perhaps cut, perhaps change the phase -----------
-        record = _means(t, name, state, ledger)
+        # --- Shrink, perhaps cut, perhaps change the phase --------------------
+        last, discovered = step == t.clock.total, step == ledger.discover_steps
+        whole = every(step, t.clock.steps_per_epoch)
+        record, state = _means(t, state, ledger, whole or last or discovered)
         check_finite(record, step, checkpoints)
         # Before a switch may give what is left another schedule.
-        schedule, _ = t.optimizer(ledger.discover_epochs)
+        schedule, _ = t.optimizer(ledger.discover_steps)
         record["learning_rate"] = float(schedule(step - 1))
-        state, ledger.sums = reset_metrics(state), {}
-        if state.ranks and getattr(c, name).shrink and t.method.shrink:
-          state = shrink_state(state, t.method.shrink)
-          if _worth_cutting(t, ledger, state, epoch, c.truncate):
-            state = _cut(t, state, ledger, c.truncate)
-        if name == "discover" and _ends_discover(t, state, ledger, epoch):
-          writer.message(f"discover ends after epoch {epoch + 1}")
-        discovered = epoch + 1 == ledger.discover_epochs
+        shrinks = t.periods.shrink.get(name)
+        if shrinks and (last or discovered or every(step, shrinks)):
+          state = _shrink(t, state, ledger, c.truncate)
+        if name == "discover" and whole and _ends_discover(t, state, ledger):
+          writer.message(f"discover ends after {t.clock.text(step)}")
+        discovered = step == ledger.discover_steps
         if discovered and state.ranks:
           write_spectra(workdir, "end of discover", state)
-        shrunk = (
-          discovered and c.discover.shrink and t.method.shrink is not None
-        )
-        for alarm in alarms_of(t.method, ledger, t.layers, state, shrunk):
+        shrunk = discovered and c.discover.shrink and t.method.shrink
+        for alarm in alarms_of(t.method, ledger, t.layers, state, bool(shrunk)):
           if alarm not in ledger.alarms:
             ledger.alarms.append(alarm)
             writer.message(f"alarm: {alarm}")
@@ -153,16 +151,17 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           state = _enter_end(t, state, ledger, discovered)
 
         # --- Evaluate, log, save ----------------------------------------------
-        if last or discovered or every(epoch + 1, c.eval_every_epochs):
+        if last or discovered or every(step, t.periods.evaluate):
           (values,) = _evaluate(t, state, ledger, t.dataset.val)
           record |= {f"val/{key}": value for key, value in values.items()}
           check_finite(record, step, checkpoints)
         record |= rank_record(t.layers, state)
         record["examples_per_second"] = done.examples_per_second
-        writer.write(step, epoch + 1, record | {"phase": int(name == "settle")})
+        record["phase"] = int(name == "settle")
+        writer.write(step, t.clock.epoch(step), record)
         writer.progress(
           step,
-          f"epoch {epoch + 1}/{t.epochs} {name} loss {done.loss:.3f}"
+          f"{t.clock.text(step)} {name} loss {done.loss:.3f}"
           + "".join(
             f" {key} {record[key]:.4f}"
             for key in ("val/loss", "val/accuracy")
@@ -171,11 +170,11 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           + rank_text(jax.device_get(state.ranks)),
           examples_per_second=done.examples_per_second,
         )
-        due = every(epoch + 1, c.checkpoint.every_epochs)
+        due = every(step, t.periods.save)
         if last or discovered or due or stop_asked():
           _save(checkpoints, state, ledger, started, t)
         if stop_asked() and not last:
-          raise Interrupted(f"stopped at step {step} of {t.total_steps}; saved")
+          raise Interrupted(f"stopped at step {step} of {t.clock.total}; saved")
 
     # --- The final model: exact ranks, merged where dense is cheaper ----------
     final = lowrank.extract(state.params, state.ranks, t.layers)
@@ -240,11 +239,9 @@ def _finished(workdir: pathlib.Path, results: dict) -> dict:
   return results
 
 
-def _start(
-  t: Training, discover_epochs: int, workdir: pathlib.Path
-) -> tuple[TrainState, Ledger]:
-  ledger = Ledger(discover_epochs)
-  _, tx = t.optimizer(discover_epochs)
+def _start(t: Training, workdir: pathlib.Path) -> tuple[TrainState, Ledger]:
+  ledger = Ledger(t.clock.discover)
+  _, tx = t.optimizer(ledger.discover_steps)
   state = t.new_state(tx, *t.initial(), {})
   if t.method.decompose_at == "start":
     state = _decompose(t, state, ledger)
@@ -253,7 +250,7 @@ def _start(
 
 
 def _resume(
-  t: Training, discover_epochs: int, checkpoints: checkpoint.Checkpoints
+  t: Training, checkpoints: checkpoint.Checkpoints
 ) -> tuple[TrainState, Ledger] | None:
   """Loads the newest checkpoint that is whole; None if there is none.
 
@@ -263,17 +260,15 @@ def _resume(
   while (step := checkpoints.latest) is not None:
     try:
       _, extra = checkpoints.shapes(step)
-      # A run of before methods could end discover early says no length.
-      known = {"discover_epochs": discover_epochs}
-      ledger = Ledger(**(known | extra["ledger"]))
-      _, tx = t.optimizer(ledger.discover_epochs)
+      ledger = Ledger.load(extra["ledger"], t.clock)
+      _, tx = t.optimizer(ledger.discover_steps)
       state, _ = restore(checkpoints, functools.partial(t.new_state, tx))
     except checkpoint.DamagedError as error:
       aside = checkpoints.set_aside(step)
       print(f"{str(error).partition(';')[0]}; set aside as {aside}")
       continue
     where = checkpoints.directory.parent
-    print(f"{where}: resuming from step {step} of {t.total_steps}")
+    print(f"{where}: resuming from step {step} of {t.clock.total}")
     return state, ledger
   return None
 
@@ -286,8 +281,7 @@ def _save(
   t: Training,
 ) -> None:
   ledger.wall_seconds = time.monotonic() - started
-  landmark = ledger.discover_epochs * t.steps_per_epoch
-  checkpoints.keep_steps = frozenset({landmark})
+  checkpoints.keep_steps = frozenset({ledger.discover_steps})
   extra = {"ledger": dataclasses.asdict(ledger)}
   with stop.saving():
     checkpoints.save(int(state.step), state, extra)
@@ -300,7 +294,7 @@ def _save(
 
 def _decompose(t: Training, state: TrainState, ledger: Ledger) -> TrainState:
   """Turns kernels into factors, with a fresh optimizer."""
-  _, tx = t.optimizer(ledger.discover_epochs)
+  _, tx = t.optimizer(ledger.discover_steps)
   params, ranks = t.method.decompose(state.params, state.batch_stats)
   opt_state = optim.restart(tx, params, state.step)
   ledger.ranks = plain_ranks(ranks)
@@ -311,8 +305,20 @@ def _decompose(t: Training, state: TrainState, ledger: Ledger) -> TrainState:
 def _cut(
   t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
 ) -> TrainState:
-  _, tx = t.optimizer(ledger.discover_epochs)
+  _, tx = t.optimizer(ledger.discover_steps)
   return replicate(truncate_state(tx, state, truncate.multiple_of), t.mesh)
+
+
+def _shrink(
+  t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
+) -> TrainState:
+  """Lowers ranks, if the method does so; cuts if it is worth it."""
+  if not (state.ranks and t.method.shrink):
+    return state
+  state = shrink_state(state, t.method.shrink)
+  if _worth_cutting(t, ledger, state, truncate):
+    return _cut(t, state, ledger, truncate)
+  return state
 
 
 def _enter_settle(
@@ -338,38 +344,32 @@ def _enter_end(
   return state
 
 
-def _ends_discover(
-  t: Training, state: TrainState, ledger: Ledger, epoch: int
-) -> bool:
+def _ends_discover(t: Training, state: TrainState, ledger: Ledger) -> bool:
   """Compares stable ranks with the last epoch's; may end discover here."""
   if t.method.stable_ranks is None or state.ranks:
     return False
   now = t.method.stable_ranks(state.params)
-  ends = epoch + 1 < t.epochs and t.method.switches(ledger.stable_ranks, now)
+  step = int(state.step)
+  ends = step < t.clock.total and t.method.switches(ledger.stable_ranks, now)
   ledger.stable_ranks = now
   if ends:
-    ledger.discover_epochs = epoch + 1
+    ledger.discover_steps = step
   return ends
 
 
 def _worth_cutting(
-  t: Training,
-  ledger: Ledger,
-  state: TrainState,
-  epoch: int,
-  truncate: Truncate,
+  t: Training, ledger: Ledger, state: TrainState, truncate: Truncate
 ) -> bool:
   """True if a cut now saves enough MACs and its compilations are allowed."""
-  discovering = epoch < ledger.discover_epochs
-  phase_end = ledger.discover_epochs if discovering else t.epochs
-  if epoch + 1 >= phase_end:
+  step = int(state.step)
+  if step in (ledger.discover_steps, t.clock.total):
     return False  # settling cuts anyway, and after the end nothing runs
   # A step and an evaluation now, again when settling, and the final model;
   # with batch norm, a recalibration before each evaluation.
   evaluation = 2 if state.batch_stats else 1
   needed = 1 + evaluation
-  settles = ledger.discover_epochs < t.epochs
-  needed += 1 + evaluation if discovering and settles else 0
+  settles = step < ledger.discover_steps < t.clock.total
+  needed += 1 + evaluation if settles else 0
   needed += evaluation
   if len(ledger.programs) + needed > truncate.max_compilations:
     return False
@@ -388,14 +388,17 @@ def _worth_cutting(
 
 
 def _means(
-  t: Training, phase: str, state: TrainState, ledger: Ledger
-) -> dict[str, float]:
-  """Training metrics of the whole epoch."""
-  record = means(added(ledger.sums, state.metrics))
+  t: Training, state: TrainState, ledger: Ledger, whole: bool
+) -> tuple[dict[str, float], TrainState]:
+  """Training metrics since the last record, or of a whole epoch at its end."""
+  step, sums = int(state.step), added(ledger.sums, state.metrics)
+  record = means(sums if whole else added({}, state.metrics))
+  ledger.sums = {} if whole else sums
   if t.method.step_penalty is not None:  # no loss has it; at the epoch's end
     value = float(t.method.step_penalty(state.params, state.ranks))
-    record["train/penalty"] = t.method.lams[phase] * value
-  return record
+    lam = t.method.lams[ledger.phase(step - 1)]
+    record["train/penalty"] = lam * value
+  return record, reset_metrics(state)
 
 
 def _evaluate(

@@ -15,6 +15,7 @@ from maestro import lowrank, schema, trees
 from maestro.errors import UserError
 from maestro.methods import prox
 from maestro.schema import ConfigError, Positive, Range, Share, Weight
+from maestro.training.durations import Clock, Duration
 
 
 class OptimizerError(UserError):
@@ -22,79 +23,80 @@ class OptimizerError(UserError):
 
 
 # ---------------------------------------------------------------------------
-# Schedules: (steps per epoch, epochs of the phase, options) -> optax schedule
+# Schedules: (clock of the run, steps of the phase, options) -> optax schedule
 # ---------------------------------------------------------------------------
 
 
 def constant(
-  steps_per_epoch: int, epochs: int, *, learning_rate: Weight
+  clock: Clock, steps: int, *, learning_rate: Weight
 ) -> optax.Schedule:
   """Keeps one learning rate."""
-  del steps_per_epoch, epochs
+  del clock, steps
   return optax.constant_schedule(learning_rate)
 
 
 def piecewise(
-  steps_per_epoch: int,
-  epochs: int,
+  clock: Clock,
+  steps: int,
   *,
   learning_rate: Weight,
   boundaries: Sequence[Annotated[float, Range("(0, 1)")]],
   factor: Weight = 0.1,
 ) -> optax.Schedule:
   """Multiplies by `factor` at each boundary, a fraction of the phase."""
-  total = steps_per_epoch * epochs
-  steps = collections.Counter(round(b * total) for b in boundaries)
+  del clock
+  at = collections.Counter(round(b * steps) for b in boundaries)
   return optax.piecewise_constant_schedule(
-    learning_rate, {step: factor**n for step, n in steps.items()}
+    learning_rate, {step: factor**n for step, n in at.items()}
   )
 
 
 def cosine(
-  steps_per_epoch: int,
-  epochs: int,
+  clock: Clock,
+  steps: int,
   *,
   learning_rate: Weight,
   warmup_epochs: Weight = 0.0,
+  warmup: str | None = None,
   final_fraction: Share = 0.0,
 ) -> optax.Schedule:
   """Rises linearly, then falls along a cosine to a fraction of the peak.
 
-  Step i of n of warm-up has the rate (i + 1) / n of the peak.
+  Step i of n of warm-up has the rate (i + 1) / n of the peak; `warmup` is its
+  length in any unit, such as "steps:500", in place of epochs.
   """
-  total = max(steps_per_epoch * epochs, 1)
-  warmup = round(warmup_epochs * steps_per_epoch)
-  if warmup >= total:
+  where, text = "schedule.warmup_epochs", f"epochs:{warmup_epochs}"
+  if warmup is not None:
+    where, text = "schedule.warmup", warmup
+  length = Duration.parse(text, where)
+  n, steps = clock.steps(length), max(steps, 1)
+  if n >= steps:
     raise ConfigError(
-      f"schedule.warmup_epochs: {warmup_epochs} leaves nothing of a phase of"
-      f" {epochs} epochs"
+      f"{where}: {text} leaves nothing of a phase of {steps} steps"
     )
-  decay = optax.cosine_decay_schedule(
-    learning_rate, total - warmup, final_fraction
-  )
-  if not warmup:
+  decay = optax.cosine_decay_schedule(learning_rate, steps - n, final_fraction)
+  if not n:
     return decay
-  first = learning_rate / warmup
-  rise = optax.linear_schedule(first, learning_rate, max(warmup - 1, 1))
-  return optax.join_schedules([rise, decay], [warmup])
+  rise = optax.linear_schedule(learning_rate / n, learning_rate, max(n - 1, 1))
+  return optax.join_schedules([rise, decay], [n])
 
 
 SCHEDULES = {"constant": constant, "cosine": cosine, "piecewise": piecewise}
 
 
 def make_schedule(
-  phases: Sequence[tuple[str, int, Mapping]], steps_per_epoch: int
+  sections: Mapping[str, Mapping], clock: Clock
 ) -> optax.Schedule:
-  """Joins the schedules of phases: (name, epochs, section) each."""
+  """Joins the schedules of the phases: {"discover": section, "settle": ...}."""
   schedules, boundaries, start = [], [], 0
-  for name, epochs, section in phases:
-    if not epochs:
+  for name, section in sections.items():
+    steps = getattr(clock, name)
+    if not steps:
       continue
-    where = f"config.{name}.schedule"
-    given = ("steps_per_epoch", "epochs")
-    make_phase = schema.make(SCHEDULES, section, where, given)
-    schedules.append(make_phase(steps_per_epoch, epochs))
-    start += epochs * steps_per_epoch
+    given = ("clock", "steps")
+    make = schema.make(SCHEDULES, section, f"config.{name}.schedule", given)
+    schedules.append(make(clock, steps))
+    start += steps
     boundaries.append(start)
   return optax.join_schedules(schedules, boundaries[:-1])
 

@@ -15,6 +15,7 @@ from maestro.errors import UserError
 from maestro.methods.bind import Bound
 from maestro.runs import workdir as workdir_lib
 from maestro.runs.provenance import git_commit
+from maestro.training.durations import Clock
 from maestro.training.state import TrainState
 from maestro.trees import Layers
 
@@ -32,13 +33,13 @@ class Ledger:
     train_seconds: time in training steps.
     wall_seconds: time of the whole run, less what killed processes lost.
     alarms: what a user should know, in words.
-    discover_epochs: length of the discover phase; a method may end it early.
+    discover_steps: length of the discover phase; a method may end it early.
     ranks: {layer: rank} right after decomposition.
     stable_ranks: of the last epoch, if the method looks at them.
     sums: of training metrics, over the epoch's windows that were written.
   """
 
-  discover_epochs: int
+  discover_steps: int
   programs: list[str] = dataclasses.field(default_factory=list)
   macs: int = 0
   examples: int = 0
@@ -49,13 +50,22 @@ class Ledger:
   stable_ranks: dict[str, float] = dataclasses.field(default_factory=dict)
   sums: dict[str, float] = dataclasses.field(default_factory=dict)
 
+  @classmethod
+  def load(cls, saved: Mapping[str, Any], clock: Clock) -> "Ledger":
+    """Reads what a checkpoint has; older ones count discover in epochs."""
+    known: dict[str, Any] = {"discover_steps": clock.discover} | dict(saved)
+    if "discover_epochs" in saved:
+      epochs = known.pop("discover_epochs")
+      known["discover_steps"] = epochs * clock.steps_per_epoch
+    return cls(**known)
+
   def compiles(self, name: str) -> None:
     if name not in self.programs:
       self.programs.append(name)
 
-  def phase(self, epoch: int) -> str:
-    """The phase of an epoch, "discover" or "settle"."""
-    return "discover" if epoch < self.discover_epochs else "settle"
+  def phase(self, step: int) -> str:
+    """The phase that makes a step, "discover" or "settle"."""
+    return "discover" if step < self.discover_steps else "settle"
 
 
 def rank_text(ranks: Any) -> str:

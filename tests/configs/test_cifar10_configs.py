@@ -17,7 +17,7 @@ from maestro.cost.count import count_cost
 from maestro.models import MODELS
 from maestro.runs import metrics
 from maestro.training import optim
-from maestro.training.config import parse
+from maestro.training.config import clock_of, parse
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = {
@@ -59,6 +59,11 @@ def test_the_networks_are_those_of_the_paper(name):
     assert set(trees.factored(factored)) == set(layers)
 
 
+def schedule(c, steps_per_epoch):
+  sections = {p: getattr(c, p).schedule for p in ("discover", "settle")}
+  return optim.make_schedule(sections, clock_of(c, steps_per_epoch))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_paper_is_the_papers_recipe(name):
   c = parse(get(name, "paper").to_dict())
@@ -67,7 +72,7 @@ def test_paper_is_the_papers_recipe(name):
   assert c.optimizer["name"] == "sgd" and c.optimizer["momentum"] == 0.9
   assert c.optimizer["weight_decay"] == 1e-4 and not c.optimizer["nesterov"]
   assert c.discover.sampler == {"name": "one_layer", "over": "pairs"}
-  rate = optim.make_schedule([("discover", 300, c.discover.schedule)], 10)
+  rate = schedule(c, 10)
   at = [rate(epoch * 10) for epoch in (0, 149, 151, 224, 226, 299)]
   assert at == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
@@ -86,12 +91,11 @@ def test_gpu_is_in_bfloat16_and_dispatches_whole_groups_of_steps(name):
   c = parse(get(name, "gpu").to_dict())
   assert c.model["dtype"] == "bfloat16" and c.batch_size == 512
   assert c.steps_per_dispatch is None and steps(c) % 16 == 0
-  phases = [(p, getattr(c, p)) for p in ("discover", "settle")]
-  rate = optim.make_schedule([(n, p.epochs, p.schedule) for n, p in phases], 10)
+  rate = schedule(c, 10)
   joint = 10 * c.discover.epochs
   # One curve: no jump where the phases meet, and it ends at zero.
   assert float(rate(joint - 1)) == pytest.approx(float(rate(joint)), rel=0.01)
-  assert float(rate(10 * c.epochs)) < 1e-3
+  assert float(rate(clock_of(c, 10).total)) < 1e-3
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -107,12 +111,11 @@ def test_short_makes_at_least_300_steps(name):
 def test_smoke_goes_with_every_recipe(name, recipe):
   plain = parse(get(name, recipe).to_dict())
   c = parse(get(name, f"{recipe},smoke").to_dict())
-  assert c.epochs <= 2 and steps(c) * c.epochs <= 16
+  assert clock_of(c, 1).total <= 2 and clock_of(c, steps(c)).total <= 16
   assert (c.settle.epochs == 0) == (plain.settle.epochs == 0)
   assert c.model["width"] == 8 and c.model["dtype"] == plain.model["dtype"]
   assert c.data["val_examples"] <= 512 and c.batch_norm_examples <= 512
-  phases = [(p, getattr(c, p)) for p in ("discover", "settle")]
-  optim.make_schedule([(n, p.epochs, p.schedule) for n, p in phases], 8)
+  schedule(c, 8)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -5,7 +5,7 @@ import pytest
 from experiments import lenet_comparison
 from maestro.methods.table import METHODS
 from maestro.training import build
-from maestro.training.config import parse
+from maestro.training.config import clock_of, parse
 
 
 def result(accuracy, macs=50):
@@ -25,7 +25,7 @@ def test_every_method_has_its_rows_and_they_share_all_but_the_method():
     config = lenet_comparison.get_config(f"{name},{percent}").to_dict()
     c = parse(config)
     build.check(c)
-    assert c.method.name == name and c.epochs == 10
+    assert c.method.name == name and clock_of(c, 1).total == 10
     budget = None if percent == 100 else f"macs:{percent / 100}"
     assert c.method.budget == budget
     configs.append({k: v for k, v in config.items() if k != "method"})
@@ -34,7 +34,10 @@ def test_every_method_has_its_rows_and_they_share_all_but_the_method():
 
 def test_smoke_is_short():
   assert (
-    parse(lenet_comparison.get_config("svd,25,smoke").to_dict()).epochs == 2
+    clock_of(
+      parse(lenet_comparison.get_config("svd,25,smoke").to_dict()), 1
+    ).total
+    == 2
   )
 
 

@@ -282,7 +282,7 @@ def test_sigkill_at_any_time_loses_nothing_that_was_saved(
   assert_same_run(workdir, reference)
 
 
-def stop_at(step, workdir, given, monkeypatch):
+def stop_at(step, workdir, given, monkeypatch, total=48):
   """A run that SIGTERM stops after a step, one step a dispatch."""
   make, count = build.make_dispatch, 0
 
@@ -300,7 +300,7 @@ def stop_at(step, workdir, given, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(build, "make_dispatch", hooked)
-    with pytest.raises(Interrupted, match=f"step {step} of 48"):
+    with pytest.raises(Interrupted, match=f"step {step} of {total}"):
       train.train(given, workdir)
 
 
@@ -312,6 +312,95 @@ def test_sigterm_within_an_epoch_saves_and_resumes_bit_identically(
   assert arrays["['step']"] == 11
   train.train(config(), tmp_path / "run")
   assert_same_run(tmp_path / "run", reference)
+
+
+# 8 steps are an epoch: both phases end within one.
+ODD = {
+  "discover.length": "steps:13",
+  "discover.shrink_every": "steps:6",
+  "settle.length": "examples:768",
+  "eval_every": "steps:5",
+  "checkpoint.every": "steps:4",
+  "truncate.max_compilations": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory, compiled):
+  """The workdir of a run whose lengths are no whole epochs."""
+  workdir = tmp_path_factory.mktemp("odd") / "run"
+  train.train(config(ODD), workdir)
+  return workdir
+
+
+def test_phases_and_periods_may_end_within_an_epoch(odd):
+  records = {r["step"]: r for r in metrics.read(odd)}
+  assert list(records) == [0, 4, 5, 6, 8, 10, 12, 13, 15, 16, 19]
+  evaluated = [step for step, r in records.items() if "val/loss" in r]
+  assert evaluated == [5, 10, 13, 15, 19]
+  phases = [r["phase"] for r in records.values()]
+  assert phases == [0] * 8 + [1] * 3
+  assert [r["epoch"] for r in records.values()] == [0] + [1] * 4 + [2] * 5 + [3]
+  ranks = [records[step]["rank/total"] for step in records]
+  falls = [a > b for a, b in itertools.pairwise(ranks)]
+  # Only at steps 6, 12 and 13 may a rank fall, and at these it does.
+  assert falls == [False] * 2 + [True] + [False] * 2 + [True] * 2 + [False] * 3
+
+
+def test_means_are_of_whole_epochs_or_of_what_came_since(odd, tmp_path):
+  train.train(config(ODD | {"log_every": "steps:1"}), tmp_path / "each")
+  single = {r["step"]: r for r in metrics.read(tmp_path / "each")}
+  records = {r["step"]: r for r in metrics.read(odd)}
+  begins = {
+    4: 0,
+    5: 4,
+    6: 5,
+    8: 0,
+    10: 8,
+    12: 10,
+    13: 8,
+    15: 13,
+    16: 13,
+    19: 16,
+  }
+  # With a record of each step, a mean of the epoch's is at its end only.
+  losses, mean = {}, {8: 0, 13: 8, 16: 13, 19: 16}
+  for step in range(1, 20):
+    losses[step] = single[step]["train/loss"]
+    if step in mean:
+      before = sum(losses[s] for s in range(mean[step] + 1, step))
+      losses[step] = (step - mean[step]) * losses[step] - before
+  for step, begin in begins.items():
+    found = np.mean([losses[s] for s in range(begin + 1, step + 1)])
+    assert records[step]["train/loss"] == pytest.approx(found, rel=1e-5), step
+
+
+@pytest.mark.parametrize("step", [3, 5, 13, 14, 17])
+def test_a_run_of_odd_lengths_resumes_bit_identically(
+  step, tmp_path, odd, monkeypatch
+):
+  stop_at(step, tmp_path / "run", config(ODD), monkeypatch, total=19)
+  train.train(config(ODD), tmp_path / "run")
+  assert_same_run(tmp_path / "run", odd)
+
+
+def test_the_unit_of_a_length_changes_nothing(odd, tmp_path):
+  same = {
+    "discover.length": "examples:1664",
+    "discover.shrink_every": "epochs:0.75",
+    "settle.length": f"fraction:{6 / 19}",
+    "eval_every": "examples:640",
+    "checkpoint.every": "epochs:0.5",
+  }
+  train.train(config(ODD | same), tmp_path / "run")
+  a, b = state_of(tmp_path / "run")[0], state_of(odd)[0]
+  assert {k: x.tobytes() for k, x in a.items()} == {
+    k: x.tobytes() for k, x in b.items()
+  }
+  records = [metrics.read(w) for w in (tmp_path / "run", odd)]
+  for r in [*records[0], *records[1]]:
+    r.pop("examples_per_second", None)
+  assert records[0] == records[1]
 
 
 def test_a_finished_run_says_so_and_is_left_as_it_is(reference, capsys):

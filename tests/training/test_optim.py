@@ -15,6 +15,7 @@ from maestro.lowrank import Rule
 from maestro.models.mlp import MLP
 from maestro.schema import ConfigError
 from maestro.training import optim
+from maestro.training.durations import Clock
 
 # ---------------------------------------------------------------------------
 # A small decomposed network and one training step of it
@@ -258,8 +259,17 @@ def test_an_unknown_state_that_does_not_shrink_is_refused_with_its_leaf():
 # ---------------------------------------------------------------------------
 
 
+def make_schedule(phases, steps_per_epoch):
+  """The schedule of phases (name, epochs, section)."""
+  sections = {name: section for name, _, section in phases}
+  clock = Clock(
+    steps_per_epoch, 1, **{name: n * steps_per_epoch for name, n, _ in phases}
+  )
+  return optim.make_schedule(sections, clock)
+
+
 def rates(phases, steps_per_epoch, steps):
-  schedule = optim.make_schedule(phases, steps_per_epoch)
+  schedule = make_schedule(phases, steps_per_epoch)
   return [float(schedule(step)) for step in steps]
 
 
@@ -284,6 +294,18 @@ def test_cosine_rises_linearly_during_warm_up():
   section = {"name": "cosine", "learning_rate": 2.0, "warmup_epochs": 0.5}
   found = rates([("settle", 2, section)], 20, [0, 4, 9, 10, 25, 40])
   np.testing.assert_allclose(found, [0.2, 1, 2, 2, 1, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "warmup", ["steps:10", "epochs:0.5", "examples:10", "fraction:0.25"]
+)
+def test_warm_up_is_as_long_in_every_unit(warmup):
+  section = {"name": "cosine", "learning_rate": 2.0}
+  steps = range(40)
+  expected = rates([("settle", 2, section | {"warmup_epochs": 0.5})], 20, steps)
+  assert rates([("settle", 2, section | {"warmup": warmup})], 20, steps) == (
+    expected
+  )
 
 
 def test_no_step_of_warm_up_is_lost_to_a_rate_of_zero():
@@ -337,6 +359,8 @@ CONSTANT = {"name": "constant", "learning_rate": 0.1}
     (CONSTANT | {"learning_rate": "0.1"}, "learning_rate"),
     (CONSTANT | {"warmup": 1}, "warmup"),
     (CONSTANT | {"name": "cosine", "warmup_epochs": 2}, "warmup_epochs"),
+    (CONSTANT | {"name": "cosine", "warmup": "steps:20"}, "warmup: steps:20"),
+    (CONSTANT | {"name": "cosine", "warmup": "step:2"}, "warmup: 'step:2'"),
     (CONSTANT | {"name": "piecewise", "boundaries": (1.5,)}, "boundaries"),
     (CONSTANT | {"name": "piecewise"}, "boundaries"),
     (CONSTANT | {"learning_rate": -1.0}, "learning_rate"),
@@ -347,7 +371,7 @@ CONSTANT = {"name": "constant", "learning_rate": 0.1}
 )
 def test_a_bad_schedule_option_is_named(section, key):
   with pytest.raises(ConfigError, match=f"schedule.{key}"):
-    optim.make_schedule([("settle", 2, section)], 10)
+    make_schedule([("settle", 2, section)], 10)
 
 
 # ---------------------------------------------------------------------------

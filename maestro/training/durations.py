@@ -1,0 +1,130 @@
+"""Lengths of training: in epochs, steps, examples or a fraction of the run."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from maestro.schema import ConfigError
+
+UNITS = ("epochs", "steps", "examples", "fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+  """A length of training; written `unit:value`, such as "steps:5000".
+
+  Attributes:
+    unit: one of UNITS.
+    value: how many; as a fraction, of the whole run, in (0, 1].
+  """
+
+  unit: str
+  value: float
+
+  @classmethod
+  def parse(cls, text: str, where: str) -> "Duration":
+    """Reads "epochs:2.5", "steps:5000", "examples:1e6" or "fraction:0.1".
+
+    Raises:
+      ConfigError: names the key `where`.
+    """
+    unit, colon, value = text.strip().partition(":")
+    try:
+      number = float(value)
+    except ValueError:
+      number = -1.0
+    if not colon or unit not in UNITS or not 0 <= number < float("inf"):
+      raise ConfigError(
+        f"{where}: {text!r} is no length of training; write it as unit:value,"
+        f" e.g. steps:5000; the units are {', '.join(UNITS)}"
+      )
+    if unit == "fraction" and number > 1:
+      raise ConfigError(f"{where}: {text!r} is more than the whole run")
+    return cls(unit, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+  """What turns lengths into steps.
+
+  Attributes:
+    steps_per_epoch: without a last, smaller batch.
+    batch_size: examples a step.
+    discover: steps of the discover phase.
+    settle: steps of the settle phase.
+  """
+
+  steps_per_epoch: int
+  batch_size: int
+  discover: int = 0
+  settle: int = 0
+
+  @property
+  def total(self) -> int:
+    """Steps of the whole run."""
+    return self.discover + self.settle
+
+  def steps(self, length: Duration) -> int:
+    """Rounds a length to steps: at least one, unless it is none at all."""
+    size = {
+      "epochs": self.steps_per_epoch,
+      "steps": 1,
+      "examples": 1 / self.batch_size,
+      "fraction": self.total,
+    }[length.unit]
+    return max(round(length.value * size), int(length.value > 0))
+
+  def epoch(self, step: int) -> int:
+    """The epoch, from 1, in which a step ends."""
+    return -(-step // self.steps_per_epoch)
+
+  def text(self, step: int) -> str:
+    """Where in the run a step ends, for people."""
+    return f"epoch {self.epoch(step)}/{self.epoch(self.total)}"
+
+  def ending_discover(self, step: int) -> "Clock":
+    """Returns the clock of the same run, discover ending at a step."""
+    return dataclasses.replace(self, discover=step, settle=self.total - step)
+
+  def of(self, discover: Duration, settle: Duration) -> "Clock":
+    """Returns the clock of a run of two phases.
+
+    A phase that is a fraction f of the run is f / (1 - f) of the other one.
+
+    Raises:
+      ConfigError: nothing says how long the run is.
+    """
+    lengths = (discover, settle)
+    parts = [x.value for x in lengths if x.unit == "fraction"]
+    if len(parts) > 1 or 1 in parts:
+      raise ConfigError(
+        "config.discover.length, config.settle.length: a fraction of the run"
+        " needs the other phase in epochs, steps or examples"
+      )
+    known = sum(self.steps(x) for x in lengths if x.unit != "fraction")
+    total = round(known / (1 - sum(parts)))
+    steps = [
+      self.steps(x) if x.unit != "fraction" else total - known for x in lengths
+    ]
+    return dataclasses.replace(self, discover=steps[0], settle=steps[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Periods:
+  """Steps from one of the things that a run does at times to the next.
+
+  Attributes:
+    log: a record of training metrics; None: at the end of each epoch.
+    evaluate: on the validation split.
+    save: a checkpoint.
+    shrink: {phase: a lowering of ranks}, for the phases that do so.
+  """
+
+  log: int | None
+  evaluate: int
+  save: int
+  shrink: Mapping[str, int]
+
+
+def every(step: int, n: int | None) -> bool:
+  """True at steps n, 2n, ...; never if n is None."""
+  return n is not None and step % n == 0
