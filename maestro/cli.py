@@ -21,6 +21,10 @@ _FULL = (
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses flags; ml_collections raises what it finds in a config as it is."""
+  for arg in argv[1:]:  # config files share configs/common.py
+    if arg.startswith("--config="):
+      file = pathlib.Path(arg.partition("=")[2].partition(":")[0])
+      sys.path.append(str(file.resolve().parent.parent))
   try:
     rest = flags.FLAGS(argv)
   except (AttributeError, KeyError, TypeError) as error:

@@ -62,10 +62,10 @@ def finished_results(workdir: pathlib.Path, config) -> dict | None:
   if not _has_checkpoint(workdir) and not results.exists():
     return None  # a start that failed: nothing is lost by another config
   old, new = flatten(read_json(path)), flatten(plain(config))
-  changed = [
+  changed = [  # a key that is absent, as in an older config, is None
     f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here"
     for key in sorted(old.keys() | new.keys())
-    if key not in PLACES and old.get(key, "absent") != new.get(key, "absent")
+    if key not in PLACES and old.get(key) != new.get(key)
   ]
   if changed:
     raise WorkdirError(
