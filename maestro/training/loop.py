@@ -1,9 +1,9 @@
 """The training loop: discover ranks, settle at them, report what was kept.
 
 `train(config, workdir)` reads from top to bottom: set up; resume or start; for
-each round, enter its phase, run its steps, do what is due; finish. What is decomposed,
-sampled, penalised and shrunk, and when, is `maestro.methods`; what a config
-describes is built by `maestro.training.build`.
+each round, enter its phase, run its steps, do what is due; finish. What is
+decomposed, sampled, penalised and shrunk, and when, is `maestro.methods`; what
+a config describes is built by `maestro.training.build`.
 """
 
 import dataclasses
@@ -30,7 +30,6 @@ from maestro.training import build, optim
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
 from maestro.training.durations import every
-from maestro.training.rounds import check_finite, end_of_round, run_round
 from maestro.training.results import (
   Ledger,
   alarms_of,
@@ -39,6 +38,7 @@ from maestro.training.results import (
   results_of,
   write_spectra,
 )
+from maestro.training.rounds import check_finite, end_of_round, run_round
 from maestro.training.state import (
   TrainState,
   added,
