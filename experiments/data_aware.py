@@ -35,6 +35,7 @@ from maestro.errors import UserError
 from maestro.methods import calibrate
 from maestro.report import style
 from maestro.report import tables as report
+from maestro.report.tables import markdown_table
 from maestro.runs import provenance
 from maestro.runs import workdir as workdir_lib
 from maestro.training import build
@@ -141,7 +142,7 @@ def table(found: Mapping[str, Errors]) -> str:
   """Tabulates errors at a half and a quarter of the full rank, in Markdown."""
   head = ["layer", "rank"]
   head += [f"{name}, {s}" for s in found for name in ("SVD", "data-aware")]
-  lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+  lines = [head]
   for path, e in found["calibration"].items():
     full = len(e["svd"]) - 1
     for r in (math.ceil(full / 2), math.ceil(full / 4)):
@@ -149,7 +150,7 @@ def table(found: Mapping[str, Errors]) -> str:
       for errors in found.values():
         row += [f"{errors[path][name][r]:.2g}" for name in ("svd", "data")]
       lines.append(row)
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return markdown_table(lines)
 
 
 def draw(found: Mapping[str, Errors]) -> matplotlib.figure.Figure:

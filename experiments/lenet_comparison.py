@@ -41,6 +41,7 @@ from maestro.errors import UserError
 from maestro.methods.table import METHODS
 from maestro.report import style
 from maestro.report import tables as report
+from maestro.report.tables import markdown_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUDGETS = (50, 25)  # percent of the dense network's MACs
@@ -101,7 +102,7 @@ def table(results: Results) -> str:
   head += ["training MACs", "seconds", "seeds"]
   if dense:
     head[5] += " / dense"
-  lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+  lines = [head]
   for (name, percent), row in results.items():
     scores = [100 * one["final"]["metrics"]["accuracy"] for one in row]
     spread = f" ± {np.std(scores, ddof=1):.2f}" if len(row) > 1 else ""
@@ -123,7 +124,7 @@ def table(results: Results) -> str:
         str(len(row)),
       ]
     )
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return markdown_table(lines)
 
 
 def draw(results: Results) -> matplotlib.figure.Figure:

@@ -36,6 +36,7 @@ from maestro import cli
 from maestro.errors import UserError
 from maestro.report import style
 from maestro.report import tables as report
+from maestro.report.tables import markdown_table
 
 CONFIG = "experiments/lenet_comparison.py"
 METHODS = {"maestro": "lasso, threshold", "prox": "proximal step, exact zeros"}
@@ -99,7 +100,6 @@ def compare(results: Results) -> list[dict[str, Any]]:
 def table(results: Results) -> str:
   """Tabulates all rows, then the comparison at equal accuracy, in Markdown."""
   lines = [["method", "lambda", "accuracy, test %", "params", "MACs %"]]
-  lines.append(["---", *["---:"] * 4])
   for (name, lam), row in results.items():
     params, scores = _values(row)
     macs = [100 * one["final"]["macs"] / one["dense"]["macs"] for one in row]
@@ -117,7 +117,6 @@ def table(results: Results) -> str:
       ]
     )
   equal = [["accuracy, test %", "params: lasso", "prox", "ratio"]]
-  equal.append(["---:"] * 4)
   for one in compare(results):
     reached = one["prox"] is not None
     equal.append(
@@ -128,8 +127,7 @@ def table(results: Results) -> str:
         f"{one['ratio']:.2f}" if reached else "",
       ]
     )
-  text = ["\n".join(f"| {' | '.join(x)} |" for x in t) for t in (lines, equal)]
-  return "\n\n".join(text)
+  return "\n\n".join(map(markdown_table, (lines, equal)))
 
 
 def draw(results: Results) -> matplotlib.figure.Figure:

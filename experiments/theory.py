@@ -41,6 +41,7 @@ from maestro.data import synthetic
 from maestro.errors import UserError
 from maestro.models import LinearAutoencoder, LinearMap
 from maestro.report.style import COLOURS, GREY, INK, STYLE
+from maestro.report.tables import align
 from maestro.runs.provenance import git_commit
 from maestro.training import losses
 
@@ -500,13 +501,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         for k in ("worst", "mean")
       )
       rows.append((one["case"], name, check["bar"], worst, mean, verdict))
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(w) for cell, w in zip(row, widths, strict=True)
-    ).rstrip()
-    for row in rows
-  )
+  return "\n".join(align(rows, left=range(6)))
 
 
 def _bar_line(axes, y, text):

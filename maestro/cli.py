@@ -26,6 +26,7 @@ def _parse(argv: list[str]) -> list[str]:
       file = pathlib.Path(arg.partition("=")[2].partition(":")[0])
       sys.path.append(str(file.resolve().parent.parent))
   try:
+    flags.FLAGS.set_gnu_getopt()  # flags may stand behind other arguments
     rest = flags.FLAGS(argv)
   except (AttributeError, KeyError, TypeError) as error:
     # It comes as the repr of a repr: escapes and one or two layers of quotes.

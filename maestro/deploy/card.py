@@ -1,7 +1,9 @@
 """Tells people about an exported model: a table, and the page card.md."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from maestro.report.tables import markdown_table
 
 
 def rows(config: Mapping[str, Any]) -> list[list[str]]:
@@ -36,27 +38,6 @@ def rows(config: Mapping[str, Any]) -> list[list[str]]:
   for profile in profiles:
     add(f"exported, {profile['name']}", profile)
   return table
-
-
-def text_table(table: Sequence[Sequence[str]]) -> str:
-  """Aligns a table for a terminal."""
-  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  lines = [
-    "  ".join(
-      cell.ljust(width) if i == 0 else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in table
-  ]
-  return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def markdown_table(table: Sequence[Sequence[str]]) -> str:
-  """Formats a table for a page."""
-  rule = ["---", *["---:"] * (len(table[0]) - 1)]
-  return "\n".join(
-    f"| {' | '.join(row)} |" for row in [table[0], rule, *table[1:]]
-  )
 
 
 def checks(config: Mapping[str, Any]) -> list[str]:

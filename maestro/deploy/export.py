@@ -30,6 +30,7 @@ from maestro.deploy.packing import Profile
 from maestro.errors import UserError
 from maestro.models import MODELS
 from maestro.parallel.mesh import make_mesh
+from maestro.report.tables import text_table
 from maestro.runs.provenance import git_commit
 from maestro.training import build
 
@@ -153,7 +154,7 @@ def export(
     text = card.make_card(config, out.name)
     (new / CARD).write_text(text, encoding="utf-8")
     artifact.write_config(new, config)
-  log("\n" + card.text_table(card.rows(config)) + "\n")
+  log("\n" + text_table(card.rows(config)) + "\n")
   for line in card.checks(config):
     log(f"difference {line}")
   for line in card.slower(config):

@@ -1,51 +1,58 @@
-"""Prints the tables of runs: python -m maestro.report RUN [RUN ...]."""
+"""Prints one run's layers, or compares several runs.
 
-import argparse
+  python -m maestro.report runs/lenet_od
+  python -m maestro.report runs/lenet_od runs/lenet_dense --markdown
+  python -m maestro.report runs/lenet_od --out=figures
+
+A run is its workdir or its results.json; runs that differ by seed alone are one
+row. --out also draws the figures there (of several runs: in OUT/NAME).
+"""
+
 import collections
 import pathlib
-import sys
+from collections.abc import Iterator, Sequence
 
+from absl import flags
+
+from maestro import cli
+from maestro.errors import UserError
 from maestro.report.figures import figures
 from maestro.report.tables import compare, compare_markdown, layer_table, load
 
 
-def main(argv=None):
-  """Print the tables of the runs named on the command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m maestro.report",
-    description="Print one run's layers, or compare several runs.",
-  )
-  parser.add_argument(
-    "runs", nargs="+", metavar="RUN", help="a run's workdir or its results.json"
-  )
-  parser.add_argument(
-    "--out",
-    metavar="DIR",
-    type=pathlib.Path,
-    help="also draw the figures there (of several runs: in DIR/NAME)",
-  )
-  parser.add_argument(
-    "--markdown", action="store_true", help="print the comparison as Markdown"
-  )
-  args = parser.parse_args(argv)
-  try:
-    results = [load(run) for run in args.runs]
-    if args.markdown:
-      print(compare_markdown(results))
-    elif len(results) == 1:
-      print(layer_table(results[0]))
-    else:
-      print(compare(results))
-    if args.out:
-      for path in _draw_all(args.runs, args.out):
-        print(f"wrote {path}")
-  except (ValueError, OSError) as error:
-    print(f"maestro.report: {error}", file=sys.stderr)
-    return 2
-  return 0
+def _define_flags() -> None:
+  flags.DEFINE_string("out", None, "Also draws the figures in this directory.")
+  flags.DEFINE_bool("markdown", False, "Prints the comparison as Markdown.")
 
 
-def _draw_all(runs, out):
+def main(argv: list[str]) -> None:
+  """Reports on the runs named on the command line."""
+  report(argv[1:], markdown=flags.FLAGS.markdown, out=flags.FLAGS.out)
+
+
+def report(
+  runs: Sequence[str], *, markdown: bool = False, out: str | None = None
+) -> None:
+  """Prints the table of a run, or of several; draws them in `out`.
+
+  Raises:
+    UserError: none is named, or one is missing or damaged.
+  """
+  if not runs:
+    raise UserError("no run is named: python -m maestro.report RUN [RUN ...]")
+  results = [load(run) for run in runs]
+  if markdown:
+    print(compare_markdown(results))
+  elif len(results) == 1:
+    print(layer_table(results[0]))
+  else:
+    print(compare(results))
+  if out:
+    for path in _draw_all(runs, pathlib.Path(out)):
+      print(f"wrote {path}")
+
+
+def _draw_all(runs: Sequence[str], out: pathlib.Path) -> Iterator[pathlib.Path]:
   names = collections.Counter()
   for run in runs:
     path = pathlib.Path(run)
@@ -57,4 +64,5 @@ def _draw_all(runs, out):
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  _define_flags()
+  cli.run(main)

@@ -106,18 +106,12 @@ def layer_table(results):
 
 def compare(results):
   """Tabulate runs, those that differ by seed alone as one row: plain text."""
-  rows = _comparison(results)
-  lines = align(rows, left=(0,))
-  return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+  return text_table(_comparison(results))
 
 
 def compare_markdown(results):
   """Tabulate runs as `compare` does, in Markdown."""
-  head, *rows = (
-    [cell.replace("|", "\\|") for cell in row] for row in _comparison(results)
-  )
-  rule = ["---", *["---:"] * (len(head) - 1)]
-  return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+  return markdown_table(_comparison(results))
 
 
 def _comparison(results):
@@ -308,3 +302,16 @@ def align(rows, *, left):
     ]
     lines.append("  ".join(cells).rstrip())
   return lines
+
+
+def text_table(rows):
+  """Formats rows of cells, the first a head, for a terminal."""
+  lines = align(rows, left=(0,))
+  return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def markdown_table(rows):
+  """Formats rows of cells, the first a head, for a page."""
+  head, *rest = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+  rule = ["---", *["---:"] * (len(head) - 1)]
+  return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rest])

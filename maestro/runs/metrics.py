@@ -19,7 +19,7 @@ _QUIET_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
 class MetricsError(UserError):
-  """metrics.jsonl is damaged; names the line."""
+  """metrics.jsonl is missing, or damaged; names the line."""
 
 
 class Writer:
@@ -150,12 +150,12 @@ def read(workdir):
   A torn last line, what a killed process leaves, is ignored.
 
   Raises:
-    FileNotFoundError: the workdir has no `metrics.jsonl`.
-    MetricsError: any other line is not a record; names the line.
+    MetricsError: there is no `metrics.jsonl`, or a line that is not the last
+      is no record; names the line.
   """
   path = pathlib.Path(workdir) / FILE
   if not path.exists():
-    raise FileNotFoundError(
+    raise MetricsError(
       f"{path}: not found; is {workdir} the workdir of a run that has started?"
     )
   lines = path.read_bytes().split(b"\n")

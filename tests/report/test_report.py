@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from maestro.errors import UserError
 from maestro.report import __main__ as report_main
 from maestro.report import figures
 from maestro.report import tables as report
@@ -463,7 +464,7 @@ def test_labels_do_not_meet():
 
 def test_main_prints_one_run_and_draws_it(tmp_path, capsys):
   workdir = make_run(tmp_path / "run", 3)
-  assert report_main.main([str(workdir), f"--out={tmp_path / 'figures'}"]) == 0
+  report_main.report([str(workdir)], out=tmp_path / "figures")
   out = capsys.readouterr().out
   assert "fc1" in out
   assert f"wrote {tmp_path / 'figures' / 'ranks.png'}" in out
@@ -477,9 +478,9 @@ def test_main_compares_several(tmp_path, capsys):
     path = tmp_path / f"{i}.json"
     path.write_text(json.dumps(run))
     paths.append(str(path))
-  assert report_main.main(paths) == 0
+  report_main.report(paths)
   assert "98.50 ± 0.71" in capsys.readouterr().out
-  assert report_main.main([*paths, "--markdown"]) == 0
+  report_main.report(paths, markdown=True)
   assert "| --- |" in capsys.readouterr().out
 
 
@@ -494,19 +495,18 @@ def test_main_names_what_is_wrong(tmp_path, capsys):
     "broken": r"broken.results.json is damaged.*start the run again",
     "other.json": "is damaged.*no object",
   }.items():
-    assert report_main.main([str(tmp_path / name)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert str(tmp_path / name) in captured.err
-    assert re.search(words, captured.err)
+    with pytest.raises(UserError, match=words) as error:
+      report_main.report([str(tmp_path / name)])
+    assert str(tmp_path / name) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+  assert capsys.readouterr().out == ""
 
 
-def test_main_needs_metrics_to_draw(tmp_path, capsys):
+def test_main_needs_metrics_to_draw(tmp_path):
   workdir = make_run(tmp_path / "run", 3)
   (workdir / metrics.FILE).unlink()
-  assert report_main.main([str(workdir), f"--out={tmp_path / 'out'}"]) == 2
-  assert "metrics.jsonl: not found" in capsys.readouterr().err
+  with pytest.raises(UserError, match=r"metrics\.jsonl: not found"):
+    report_main.report([str(workdir)], out=tmp_path / "out")
 
 
 def test_runs_as_a_module(tmp_path):
@@ -524,4 +524,10 @@ def test_runs_as_a_module(tmp_path):
   assert "--out" in done.stdout
   missing = run(str(tmp_path / "absent"))
   assert missing.returncode == 2
-  assert "Traceback" not in missing.stderr
+  assert missing.stderr.startswith("error: ")
+  assert missing.stderr.count("\n") == 1
+  none = run()
+  assert none.returncode == 2 and "no run is named" in none.stderr
+  workdir = make_run(tmp_path / "run", 3)
+  table = run(str(workdir), "--markdown")  # flags may come last
+  assert table.returncode == 0 and table.stdout.startswith("| ")

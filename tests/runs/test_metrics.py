@@ -175,7 +175,7 @@ def test_other_bad_lines_are_named(tmp_path, bad):
 
 
 def test_read_without_a_file(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl: not found"):
+  with pytest.raises(metrics.MetricsError, match=r"metrics\.jsonl: not found"):
     metrics.read(tmp_path)
   with metrics.Writer(tmp_path, total_steps=10):
     pass
