@@ -1,5 +1,6 @@
 """Runs a command line: errors of the user become one line, not a traceback."""
 
+import contextlib
 import errno
 import pathlib
 import sys
@@ -86,7 +87,9 @@ def run(main: Callable[[list[str]], None]) -> None:
   """
   try:
     if "--help" in sys.argv[1:] or "--helpfull" in sys.argv[1:]:
-      app.run(main)  # prints the main module's docstring and flags
+      with contextlib.suppress(SystemExit):  # absl's code would be 1
+        app.run(main)  # prints the main module's docstring and flags
+      sys.exit(0)
     with stop.watching():
       sys.exit(main(_parse(sys.argv)))
   except Interrupted as interrupted:

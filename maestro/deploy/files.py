@@ -3,8 +3,9 @@
 The format: 8 bytes, the length n of the header (little-endian); n bytes of
 JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}} with text under
 "__metadata__"; then the tensors, C-contiguous and little-endian, without gaps.
-Its own library reads a whole file to slice a tensor. The reader here reads the
-header and the rows that are asked for, and counts what it reads.
+Its library writes. It reads by mapping the file; the reader here asks for the
+header and the rows that are wanted, each byte once, and counts them, as is
+needed where a file is not local.
 """
 
 import json
@@ -13,10 +14,11 @@ import os
 import pathlib
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from maestro.errors import UserError
 
@@ -35,7 +37,6 @@ DTYPES = {
   "F32": np.dtype(np.float32),
   "F64": np.dtype(np.float64),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
 
@@ -52,36 +53,25 @@ def write(
   """Writes tensors to a new file and returns its header, length included.
 
   Raises:
-    SafetensorsError: a tensor is of a dtype that the format has not.
+    SafetensorsError: a tensor is of a dtype that the format has not, or the
+      file cannot be written.
   """
-  arrays = {name: np.asarray(x) for name, x in tensors.items()}
+  arrays = {name: np.array(x, order="C") for name, x in tensors.items()}
   for name, x in arrays.items():
-    if x.dtype not in _NAMES:
+    if x.dtype not in DTYPES.values():
       raise SafetensorsError(
         f"{name!r}: dtype {x.dtype} cannot be stored; one of {sorted(DTYPES)}"
       )
-  # The widest first, so that every tensor is aligned.
-  order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
-  header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-  end = 0
-  for name in order:
-    x = arrays[name]
-    header[name] = {
-      "dtype": _NAMES[x.dtype],
-      "shape": list(x.shape),
-      "data_offsets": [end, end + x.nbytes],
-    }
-    end += x.nbytes
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
-  head = struct.pack("<Q", len(text)) + text
-  with pathlib.Path(path).open("xb") as file:
-    file.write(head)
-    for name in order:
-      file.write(data_of(arrays[name]))
-    file.flush()
+  try:
+    safetensors.numpy.save_file(arrays, path, dict(metadata or {}))
+  except safetensors.SafetensorError as error:
+    raise SafetensorsError(
+      f"cannot write {path}: {error}; free space or choose another --out"
+    ) from error
+  with pathlib.Path(path).open("rb") as file:
     os.fsync(file.fileno())
-  return head
+  with Reader(path) as reader:
+    return reader.header
 
 
 def data_of(x: np.ndarray) -> bytes:
