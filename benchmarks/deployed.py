@@ -173,7 +173,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     f"{first['network']}, float32, {first['device']}, {first['cores']} cores,"
     f" JAX {first['jax']}, median of {first['repeats']} passes"
   )
-  return "\n".join([head, *report.align(cells, left=(0,))])
+  return f"{head}\n{report.text_table(cells)}"
 
 
 def main(argv: list[str]) -> None:

@@ -32,6 +32,7 @@ from benchmarks.train_step import append, machine
 from experiments import runs
 from maestro import cli
 from maestro.errors import UserError
+from maestro.report.tables import text_table
 
 METHODS = ("dense", "maestro")
 # Column: key of a row, divisor, format, and what the table calls it.
@@ -117,16 +118,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
       median = statistics.median(row[key] for row in mine)
       cells[-1].append(format(median / scale, form))
   cells.append(["ratio", *(f"{ratio(rows, key):.3f}" for key, *_ in COLUMNS)])
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = [
+  head = (
     f"{first['config']}, {first['device']}, {first['cores']} cores,"
     f" JAX {first['jax']}, median of {n}"
-  ]
-  for row in cells:
-    text = [row[0].ljust(widths[0])]
-    text += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-    lines.append("  ".join(text))
-  return "\n".join(lines)
+  )
+  return f"{head}\n{text_table(cells)}"
 
 
 def main(argv: list[str]) -> None:

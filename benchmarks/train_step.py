@@ -62,6 +62,7 @@ from maestro import cli, data, lowrank, models, sampling
 from maestro import introspect as nn
 from maestro.errors import UserError
 from maestro.parallel.mesh import make_mesh
+from maestro.report.tables import align
 from maestro.runs.provenance import git_commit
 from maestro.training import losses
 from maestro.training.state import TrainState, zero_metrics
@@ -617,11 +618,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
           number(row["compile_seconds"], ".1f"),
         ]
       )
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  for row in cells:
-    text = [row[0].ljust(widths[0])]
-    text += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-    lines.append("  ".join(text))
+  lines += align(cells)
   if "penalty" in by_form:
     lasso, shrink = by_form["penalty"], by_form["importance"]
     text = (

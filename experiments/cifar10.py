@@ -261,13 +261,11 @@ def _keep(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 def published_table(network: str) -> str:
   """Tabulates what others report for a network on CIFAR-10."""
-  lines = [f"{'published, not run here':<28}{'accuracy %':>11}"]
-  lines[0] += f"{'params M':>15}{'GMACs':>15}"
-  for name, accuracy, *costs in PUBLISHED[network]:
-    cells = ["not available" if x is None else f"{x:.2f}" for x in costs]
-    cells = "".join(f"{cell:>15}" for cell in cells)
-    lines.append(f"{name:<28}{accuracy:>11.2f}{cells}")
-  return "\n".join(lines)
+  rows = [["published, not run here", "accuracy %", "params M", "GMACs"]]
+  for name, *values in PUBLISHED[network]:
+    texts = ["not available" if x is None else f"{x:.2f}" for x in values]
+    rows.append([name, *texts])
+  return report.text_table(rows)
 
 
 def draw(

@@ -104,7 +104,7 @@ def _table(rows: list[dict], key: str, scale: float, form: str) -> str:
       chosen += [_find(rows, source, rule, f) for f in FRACTIONS]
       values = [format(scale * r[key], form) for r in chosen]
       cells.append([f"{source}, {rule}", *values])
-  return "\n".join(report.align(cells, left=(0,)))
+  return report.text_table(cells)
 
 
 def _checks(rows: list[dict]) -> list[dict]:

@@ -139,21 +139,28 @@ def draw(results: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
 def table(results: Sequence[Mapping[str, Any]]) -> str:
   """Tabulates final ranks, accuracy and cost, and says how many are nested."""
   names = list(results[0]["ranks"])
-  lines = ["lambda".ljust(8) + "".join(f"{n:>7}" for n in names)]
-  lines[0] += f"{'test %':>9}{'params':>9}{'MACs':>10}"
+  rows = [["lambda", *names, "test %", "params", "MACs"]]
   for one in results:
     final = one["final"]
-    lines.append(
-      f"{one['config']['discover']['lam']:<8g}"
-      + "".join(f"{one['ranks'][n][-1]:>7}" for n in names)
-      + f"{100 * final['metrics']['accuracy']:>9.2f}"
-      + f"{final['params']:>9,}{final['macs']:>10,}"
+    ranks = [str(one["ranks"][n][-1]) for n in names]
+    rows.append(
+      [
+        f"{one['config']['discover']['lam']:g}",
+        *ranks,
+        f"{100 * final['metrics']['accuracy']:.2f}",
+        f"{final['params']:,}",
+        f"{final['macs']:,}",
+      ]
     )
   finals = [
     {n: one["ranks"][n][-1] for n in names if n != "total"} for one in results
   ]
   held, total, failed = nested(finals)
-  lines += ["", f"nested: {held} of {total} (layer, neighbouring lambdas)"]
+  lines = [
+    *report.align(rows),
+    "",
+    f"nested: {held} of {total} (layer, neighbouring lambdas)",
+  ]
   for i, layer in failed:
     small, large = finals[i - 1][layer], finals[i][layer]
     lams = [results[j]["config"]["discover"]["lam"] for j in (i - 1, i)]

@@ -93,7 +93,7 @@ def test_fixed_is_the_exact_ceiling_for_every_fraction_and_rank():
     for j in range(r + 1):
       if math.gcd(j, r) > 1:
         continue  # the same float as the reduced fraction
-      found = sampling.fixed(None, ranks, fraction=j / r)
+      found = sampling.fixed(KEY, ranks, fraction=j / r)
       # -(-a // b) is the ceiling of the fraction a / b, in integers.
       assert np.array_equal(found, -(-ranks.astype(np.int64) * j // r)), (j, r)
       assert found[r] == j

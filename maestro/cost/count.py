@@ -28,7 +28,8 @@ class LayerCost:
   Attributes:
     path: the layer's slash-joined path.
     form: "dense" or "factored".
-    rank: live components; a list for stacked or grouped layers; None if dense.
+    rank: live components; nested lists for stacked or grouped layers; None if
+      dense.
     full_rank: min(in, out) of the layer's map.
     params: trainable numbers, bias included.
     macs: multiply-accumulates of one example's forward pass.
@@ -37,7 +38,7 @@ class LayerCost:
 
   path: str
   form: str
-  rank: int | list[int] | None
+  rank: int | list | None
   full_rank: int
   params: int
   macs: int

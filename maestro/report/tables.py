@@ -39,13 +39,13 @@ def load(run):
   return read_json(path, keys={"final": dict})
 
 
-def read_json(path, keys=None):
+def read_json(path, **checks):
   """Reads one of a run's JSON files."""
   remedy = (
     "delete it and start the run again with this workdir to write it anew"
   )
   try:
-    return workdir.read_json(path, keys=keys, remedy=remedy)
+    return workdir.read_json(path, remedy=remedy, **checks)
   except workdir.WorkdirError as error:
     raise RunError(str(error)) from error
 
@@ -291,7 +291,7 @@ def full_rank_of(layer):
   return sum(full) if len(full) > 1 else sum(full) * max(stack, 1)
 
 
-def align(rows, *, left):
+def align(rows, *, left=(0,)):
   """Aligns rows of cells to lines; columns in `left` are left-aligned."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []

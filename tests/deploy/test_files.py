@@ -99,7 +99,7 @@ def test_bad_requests_are_told(path, tmp_path):
       reader.read("b/u", 2, 5)
   with pytest.raises(SafetensorsError, match=r"'z'.*complex64"):
     write(tmp_path / "z", {"z": np.zeros(2, np.complex64)})
-  with pytest.raises(SafetensorsError, match="cannot write.*free space"):
+  with pytest.raises(SafetensorsError, match=r"cannot write.*free space"):
     write(tmp_path / "absent" / "x", TENSORS)
   with pytest.raises(SafetensorsError, match="cannot read"):
     Reader(tmp_path / "absent")

@@ -206,7 +206,7 @@ def test_eight_devices_do_as_one(name, tmp_path):
   assert ours == pytest.approx(theirs, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["loop", "epoch", "step", "state"])
+@pytest.mark.parametrize("name", ["loop", "rounds", "step", "state"])
 def test_what_runs_a_method_knows_none(name):
   text = (ROOT / "maestro" / "training" / f"{name}.py").read_text()
   for node in ast.walk(ast.parse(text)):

@@ -52,7 +52,9 @@ BUSY = {
 
 def start(body):
   text = f"""
-import sys, time
+import signal, sys, time
+# A shell that starts the tests in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from maestro import cli
 from maestro.errors import Interrupted
 from maestro.runs import stop
