@@ -62,6 +62,21 @@ def batch_statistics() -> Iterator[None]:
     yield
 
 
+@contextlib.contextmanager
+def at_most(most: float) -> Iterator[None]:
+  """Stops a model that has more modules than so many, by a ValueError."""
+  modules = set()
+
+  def intercept(next_call, args, kwargs, context):
+    modules.add(context.module.path)
+    if len(modules) > most:
+      raise ValueError(f"more than {most} modules, for far fewer tensors")
+    return next_call(*args, **kwargs)
+
+  with nn.intercept_methods(intercept):
+    yield
+
+
 def _spec(module: nn.Module, x: jax.Array) -> LayerSpec | None:
   """Describes the kernel of a layer, from its attributes and its input."""
   if isinstance(module, nn.Conv):

@@ -10,7 +10,7 @@ import pytest
 
 from maestro import chaos
 from maestro.report import figures
-from maestro.runs import checkpoint
+from maestro.runs import checkpoint, workdir
 from maestro.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def test_two_runs_of_one_config_are_equal(runs):
 def edit_json(path, change):
   value = json.loads(path.read_text())
   change(value)
-  path.write_text(json.dumps(value))
+  path.write_text(json.dumps(workdir.sealed(value)))
 
 
 def change_record(run):
@@ -64,7 +64,8 @@ def change_record(run):
   lines = path.read_text().splitlines()
   record = json.loads(lines[1])
   record["train/loss"] += 1e-9
-  path.write_text("\n".join([lines[0], json.dumps(record), *lines[2:]]) + "\n")
+  lines[1] = json.dumps(workdir.sealed(record))
+  path.write_text("\n".join(lines) + "\n")
 
 
 def change_leaf(run):

@@ -121,7 +121,7 @@ def test_every_file_is_in_a_room():
 @pytest.mark.parametrize("path", LIBRARY, ids=str)
 def test_imports_only_go_down(path):
   room = path.parts[1].removesuffix(".py")
-  if room not in ROOMS:
+  if room not in ROOMS or path.name == "__main__.py":  # a command
     return
   above = {*ROOMS[ROOMS.index(room) + 1 :], *COMMANDS, "cli"}
   used = {n for n in _names(path) if n.startswith("maestro.")}

@@ -129,6 +129,31 @@ def pack(
   return tensors, blocks
 
 
+def shapes(
+  reader: safetensors_io.Reader,
+  blocks: Mapping[str, Mapping[str, Any]],
+  profile: Mapping[str, Any],
+  layers: Mapping[str, LayerSpec],
+) -> dict[str, tuple[int, ...]]:
+  """Says what `unpack` will return, by "params/..." and "batch_stats/...".
+
+  Raises:
+    PackingError: a factor does not fit the layers.
+  """
+  statistics, found = f"batch_stats/{profile['name']}/", {}
+  for name, block in blocks.items():
+    shape = reader.shapes[name]
+    if "rows" in block:
+      layer, leaf, rank = _factor(name, block, profile, layers)
+      axis = _rank_axis(leaf, len(shape), layers[layer])
+      found[name] = (*shape[1 : axis + 1], rank, *shape[axis + 1 :])
+    elif name.startswith(statistics):
+      found["batch_stats/" + name.removeprefix(statistics)] = shape
+    elif name.startswith("params/"):
+      found[name] = shape
+  return found
+
+
 def unpack(
   reader: safetensors_io.Reader,
   blocks: Mapping[str, Mapping[str, Any]],
@@ -154,17 +179,10 @@ def unpack(
   params, batch_stats = {}, {}
   for name, block in blocks.items():
     if "rows" in block:
-      path = name.removeprefix("params/")
-      layer, _, leaf = path.rpartition("/")
-      rank = profile["ranks"][layer]
-      if layer not in layers or _stored(rank) not in (0, *block["rows"]):
-        raise PackingError(
-          f"layer {layer!r} at rank {rank} is not what the file holds, which is"
-          f" {block['rows']}; the model's layers are {sorted(layers)}"
-        )
-      x = _read_rows(reader, name, block, _stored(rank))
+      layer, leaf, rank = _factor(name, block, profile, layers)
+      x = _read_rows(reader, name, block, rank)
       axis = _rank_axis(leaf, x.ndim, layers[layer])
-      params[path] = np.moveaxis(x, 0, axis)
+      params[_join(layer, leaf)] = np.moveaxis(x, 0, axis)
     elif name.startswith("params/"):
       params[name.removeprefix("params/")] = _read_all(reader, name, block)
     elif name.startswith(statistics):
@@ -174,6 +192,18 @@ def unpack(
     traverse_util.unflatten_dict(params, sep="/"),
     traverse_util.unflatten_dict(batch_stats, sep="/"),
   )
+
+
+def _factor(name, block, profile, layers) -> tuple[str, str, int]:
+  """Returns the layer of a stored factor, "u" or "v", and rows to read."""
+  layer, _, leaf = name.removeprefix("params/").rpartition("/")
+  rank = profile["ranks"][layer]
+  if layer not in layers or _stored(rank) not in (0, *block["rows"]):
+    raise PackingError(
+      f"layer {layer!r} at rank {rank} is not what the file holds, which is"
+      f" {block['rows']}; the model's layers are {sorted(layers)}"
+    )
+  return layer, leaf, _stored(rank)
 
 
 def _rank_axis(leaf: str, ndim: int, spec: LayerSpec) -> int:

@@ -36,6 +36,11 @@ def figures(workdir, *, out=None):
   out = pathlib.Path(out) if out else workdir / "report"
   results = load(workdir)
   records = sorted(metrics.read(workdir), key=lambda record: record["step"])
+  end, steps = records[-1]["step"] if records else 0, results.get("steps", 0)
+  if end < steps:  # a file cut short is told from one of a kill by this alone
+    print(
+      f"{workdir / metrics.FILE} ends at step {end} of {steps}, so do figures"
+    )
   drawn = {
     "ranks.png": lambda: _draw_ranks(records, results),
     "importance.png": lambda: _draw_importance(workdir, results),

@@ -49,6 +49,10 @@ def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
   return record.levelno == logging.WARNING or "/orbax/" not in record.pathname
 
 
+def _is_not_of_other_reads(record: logging.LogRecord) -> bool:
+  return "tensorstore_spec" not in record.getMessage()
+
+
 def _report_unraisable(unraisable: Any, report=sys.unraisablehook) -> None:
   if "Event loop is closed" not in str(unraisable.exc_value):
     report(unraisable)
@@ -57,8 +61,9 @@ def _report_unraisable(unraisable: Any, report=sys.unraisablehook) -> None:
 # Orbax logs some thirty INFO lines a save, and pages of what it raises as well.
 # A filter hides just these and leaves the user's levels and handlers alone.
 # When one array of many fails, it closes its loop while the others go on, and
-# each of them has a traceback that nobody can catch.
+# each of them has a traceback that nobody can catch, or is logged by asyncio.
 absl.logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
+logging.getLogger("asyncio").addFilter(_is_not_of_other_reads)
 sys.unraisablehook = _report_unraisable
 
 

@@ -1,6 +1,5 @@
 """Write a run's metrics: a progress line, JSON lines and TensorBoard events."""
 
-import contextlib
 import json
 import math
 import numbers
@@ -13,6 +12,7 @@ import time
 import tensorboardX
 
 from maestro.errors import UserError
+from maestro.runs.workdir import sealed, unsealed
 
 FILE = "metrics.jsonl"
 _QUIET_SECONDS = 10.0  # between progress lines where there is no terminal
@@ -86,7 +86,7 @@ class Writer:
       if key in record:
         raise ValueError(f"metric {key!r}: the record has a field of that name")
       record[key] = _number(key, value)
-    self._file.write(json.dumps(record, allow_nan=False) + "\n")
+    self._file.write(_line(record))
     self._file.flush()
     for key in values:
       # tensorboardX logs a warning for each NaN: the gap in the curve says it.
@@ -151,7 +151,7 @@ def read(workdir):
 
   Raises:
     MetricsError: there is no `metrics.jsonl`, or a line that is not the last
-      is no record; names the line.
+      is altered or no record; names the line.
   """
   path = pathlib.Path(workdir) / FILE
   if not path.exists():
@@ -159,7 +159,9 @@ def read(workdir):
       f"{path}: not found; is {workdir} the workdir of a run that has started?"
     )
   lines = path.read_bytes().split(b"\n")
-  torn = lines.pop()  # empty if the file ends in a newline, as it should
+  # Empty if the file ends in a newline, as it should; or torn, or lacks it.
+  if b"}" not in lines[-1]:
+    lines.pop()
   records = []
   for number, line in enumerate(lines, 1):
     try:
@@ -168,9 +170,11 @@ def read(workdir):
       raise MetricsError(
         f"{path}, line {number}: not a record ({error}); delete that line"
       ) from None
-  with contextlib.suppress(ValueError):
-    records.append(_parse(torn))
   return records
+
+
+def _line(record):
+  return json.dumps(sealed(record), allow_nan=False) + "\n"
 
 
 def _parse(line):
@@ -180,7 +184,7 @@ def _parse(line):
     raise ValueError("nested too deeply") from error
   if not isinstance(record, dict) or not isinstance(record.get("step"), int):
     raise ValueError("an object with an integer 'step' is expected")
-  return record
+  return unsealed(record)
 
 
 def _drop_after(path, step):
@@ -190,7 +194,7 @@ def _drop_after(path, step):
   kept = [r for r in read(path.parent) if step and r["step"] <= step]
   new = path.with_name(path.name + ".tmp")
   with new.open("w", encoding="utf-8") as file:
-    file.writelines(json.dumps(record) + "\n" for record in kept)
+    file.writelines(map(_line, kept))
     file.flush()
     os.fsync(file.fileno())
   os.replace(new, path)

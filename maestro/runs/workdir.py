@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
+import re
 import socket
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +127,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     raise WorkdirError(
       f"cannot write to workdir {workdir}: {error}; choose another --workdir"
     ) from error
-  with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+  with os.fdopen(descriptor, "r+", errors="replace") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -139,13 +141,38 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a JSON object with the sha256 of its content as its last key."""
+  content = {key: v for key, v in value.items() if key != "sha256"}
+  # Through JSON, so that the digest is of what a reader will see.
+  content = json.loads(json.dumps(content))
+  text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+  return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def unsealed(value: dict[str, Any]) -> dict[str, Any]:
+  """Checks and drops what `sealed` adds; files of earlier versions lack it.
+
+  Raises:
+    ValueError: the content is not what its digest is of.
+  """
+  last = str(next(reversed(value.values()), ""))
+  # A digest whose key was altered is no earlier version's.
+  if "sha256" not in value and not re.fullmatch("[0-9a-f]{64}", last):
+    return value
+  content = sealed(value)
+  if value.get("sha256") != content.pop("sha256"):
+    raise ValueError("its content is not what its sha256 is of")
+  return content
+
+
 def read_json(
   path: pathlib.Path,
   *,
   keys: Mapping[str, type] | None = None,
   remedy: str = "restore it, or start in another --workdir",
 ) -> dict:
-  """Reads a JSON object from a regular file.
+  """Reads a JSON object from a regular file, without its digest.
 
   Args:
     path: of the file.
@@ -153,7 +180,7 @@ def read_json(
     remedy: what to do if it is damaged.
 
   Raises:
-    WorkdirError: it is missing, no such object, or names a key twice.
+    WorkdirError: it is missing, altered, no such object, or names a key twice.
   """
 
   def once(pairs):
@@ -171,6 +198,7 @@ def read_json(
       value = json.loads(file.read(), object_pairs_hook=once)
     if not isinstance(value, dict):
       raise ValueError("no object")
+    value = unsealed(value)
     for key, kind in (keys or {}).items():
       if not isinstance(value.get(key), kind):
         raise ValueError(f"no {key!r} of the kind that it should hold")
@@ -185,11 +213,11 @@ def read_json(
   return value
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a file whole or not at all."""
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """Writes a file whole or not at all, with its digest."""
   new = path.with_name(path.name + ".tmp")
   with new.open("w", encoding="utf-8") as file:
-    json.dump(value, file, indent=1)
+    json.dump(sealed(value), file, indent=1)
     file.write("\n")
     file.flush()
     os.fsync(file.fileno())

@@ -17,6 +17,7 @@ from maestro.deploy import artifact, packing
 from maestro.deploy import files as safetensors_io
 from maestro.deploy.artifact import ArtifactError
 from maestro.deploy.packing import Profile
+from maestro.runs import workdir
 
 MODEL = models.MLP(num_classes=10, features=(256, 128))
 EXAMPLE = jax.ShapeDtypeStruct((1, 8, 8), "float32")
@@ -94,8 +95,7 @@ def edit(directory, change):
   path = directory / "config.json"
   config = json.loads(path.read_text())
   change(config)
-  config["sha256"] = artifact.config_sha256(config)
-  path.write_text(json.dumps(config))
+  path.write_text(json.dumps(workdir.sealed(config)))
 
 
 def flip(path, at):

@@ -4,14 +4,17 @@ import json
 import os
 import pathlib
 import shutil
+import time
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 
 import maestro
-from maestro.deploy import artifact, export
+from maestro.deploy import artifact, export, files
 from maestro.errors import UserError
+from maestro.runs import workdir
 from maestro.training import build, loop
 
 MLP = {
@@ -45,19 +48,11 @@ def exported(tmp_path_factory):
   return root / "out"
 
 
-def outputs(directory):
-  """What users get of a directory, however it is read."""
-  artifact.verify(directory)
-  found = []
-  for profile in ("own", "small"):
-    model, variables = maestro.load(directory, profile=profile)
-    found.append(model.apply(variables, INPUTS))
-  found.append(maestro.load_stablehlo(directory)(INPUTS))
-  return jax.device_get(found)
+def runs(directory):
+  return [jax.device_get(maestro.load_stablehlo(directory)(INPUTS))]
 
 
 def loads(directory):
-  """As `outputs`, but without asking for digests of whole files."""
   found = []
   for profile in ("own", "small"):
     model, variables = maestro.load(directory, profile=profile)
@@ -96,9 +91,10 @@ def test_flipped_bits_change_no_result(exported, tmp_path):
 
 @pytest.mark.slow
 def test_flipped_bits_change_no_result_in_any_file(exported, tmp_path):
-  wanted = outputs(exported)
+  wanted = [loads(exported), runs(exported)]
   for name in flips(exported, tmp_path / "copy", 600, seed=1):
-    assert not changed(tmp_path / "copy", wanted, outputs), name
+    for read, want in zip((loads, runs), wanted, strict=True):
+      assert not changed(tmp_path / "copy", want, read), name
 
 
 def test_a_flipped_bit_is_found_by_verify_wherever_it_is(exported, tmp_path):
@@ -167,6 +163,7 @@ def test_only_an_exports_own_regular_files_are_touched(exported, tmp_path):
   config = json.loads((copy / "config.json").read_text())
   config["files"]["../secret"] = {"size": 9, "sha256": ""}
   config["format_version"] = 1
+  del config["sha256"]
   (copy / "config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match="no file of an export"):
     maestro.load(copy)
@@ -176,6 +173,48 @@ def test_only_an_exports_own_regular_files_are_touched(exported, tmp_path):
   with pytest.raises(UserError, match=r"notes\.txt"):
     artifact.check_target(copy)
   assert pathlib.Path(secret).read_text() == "not yours"
+
+
+def _ask_for_layers(directory):
+  config = workdir.read_json(directory / artifact.CONFIG)
+  config["model"]["options"]["features"] = [12] * 20_000
+  workdir.write_json(directory / artifact.CONFIG, config)
+
+
+def _fill_header(directory):
+  """Lists thousands of tensors that the model has not, in both files."""
+  config = workdir.read_json(directory / artifact.CONFIG)
+  weights = directory / artifact.WEIGHTS
+  with files.Reader(weights) as reader:
+    tensors = {name: reader.read(name) for name in reader.shapes}
+    metadata = reader.metadata
+  more = {f"params/fc{i}/bias": np.zeros(8, np.float32) for i in range(5, 9999)}
+  digest = artifact.sha256(bytes(32))
+  weights.unlink()
+  header = files.write(weights, tensors | more, metadata)
+  config["tensors"] |= {name: {"sha256": [digest]} for name in more}
+  config["header_sha256"] = artifact.sha256(header)
+  (directory / artifact.CONFIG).unlink()
+  artifact.write_config(directory, config)
+
+
+@pytest.mark.parametrize("spoil", [_ask_for_layers, _fill_header])
+def test_more_than_the_model_has_is_refused_quickly(
+  spoil, exported, tmp_path, monkeypatch
+):
+  copy = shutil.copytree(exported, tmp_path / "copy")
+  spoil(copy)
+  monkeypatch.setattr(files.Reader, "read", None)  # no tensor is
+  tracemalloc.start()
+  began = time.monotonic()
+  try:
+    with pytest.raises(UserError, match=r"more than|does not fit"):
+      maestro.load(copy)
+    size = sum(path.stat().st_size for path in copy.iterdir())
+    assert tracemalloc.get_traced_memory()[1] < 20e6 + 10 * size
+  finally:
+    tracemalloc.stop()
+  assert time.monotonic() - began < 20
 
 
 def test_another_stablehlo_is_not_run(exported, tmp_path):

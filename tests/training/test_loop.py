@@ -22,6 +22,7 @@ from maestro import trees
 from maestro.errors import Interrupted, UserError
 from maestro.report import figures
 from maestro.runs import checkpoint, metrics
+from maestro.runs import workdir as workdir_lib
 from maestro.training import build
 from maestro.training import loop as train
 from maestro.training import state as state_lib
@@ -120,7 +121,7 @@ def state_of(workdir, step=None):
 
 
 def results_of(workdir):
-  return json.loads((workdir / "results.json").read_text())
+  return workdir_lib.read_json(workdir / "results.json")
 
 
 def files_of(workdir):
