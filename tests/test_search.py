@@ -195,9 +195,8 @@ def test_seeds_repeat_dense_and_chosen(fake, tmp_path, capsys):
 
 def test_search_json(fake, tmp_path):
   record = run(tmp_path)
-  assert json.loads((tmp_path / "search.json").read_text()) == json.loads(
-    json.dumps(record)
-  )
+  found = workdir.read_json(tmp_path / "search.json")
+  assert found == json.loads(json.dumps(record))
   assert record["criterion"] == {
     "start": 0.016,
     "max_runs": 8,
