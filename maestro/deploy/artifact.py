@@ -170,10 +170,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       " -m maestro.export"
     )
   _check_regular(path)
-  try:
-    config = workdir_lib.read_json(path, remedy=_REMEDY)
-  except workdir_lib.WorkdirError as error:
-    raise ArtifactError(str(error)) from error
+  config = _read_json(path)
   if config.get("format") != FORMAT:
     raise ArtifactError(
       f"{directory} is no directory made by python -m maestro.export: its"
@@ -186,6 +183,8 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       f" {FORMAT_VERSION}; use the version of maestro that made it"
       f" ({config.get('source', {}).get('maestro', 'not recorded')})"
     )
+  if version > 1:
+    _read_json(path, keys={"sha256": str})  # it may not be left out either
   with _fields(directory):
     if WEIGHTS not in config["files"]:
       raise ArtifactError(f"{path} lists no {WEIGHTS}; {_REMEDY}")
@@ -202,6 +201,13 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
           " it was written; restore it, or export again"
         )
   return config
+
+
+def _read_json(path: pathlib.Path, **checks: Any) -> dict[str, Any]:
+  try:
+    return workdir_lib.read_json(path, remedy=_REMEDY, **checks)
+  except workdir_lib.WorkdirError as error:
+    raise ArtifactError(str(error)) from error
 
 
 def _check_regular(path: pathlib.Path) -> None:

@@ -198,10 +198,10 @@ def read_json(
       value = json.loads(file.read(), object_pairs_hook=once)
     if not isinstance(value, dict):
       raise ValueError("no object")
-    value = unsealed(value)
     for key, kind in (keys or {}).items():
       if not isinstance(value.get(key), kind):
         raise ValueError(f"no {key!r} of the kind that it should hold")
+    value = unsealed(value)
   except OSError as error:
     raise WorkdirError(
       f"cannot read {path} ({error}); name the directory of a run"

@@ -238,6 +238,15 @@ def test_verify_finds_what_load_does_not_read(directory):
     artifact.verify(directory)
 
 
+def test_a_config_without_its_seal_is_told(directory):
+  path = directory / "config.json"
+  config = json.loads(path.read_text())
+  del config["sha256"]
+  path.write_text(json.dumps(config))
+  with pytest.raises(ArtifactError, match="no 'sha256'"):
+    artifact.read(directory)
+
+
 def test_a_foreign_safetensors_file_is_told(directory):
   path = directory / artifact.WEIGHTS
   size = path.stat().st_size
