@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from flax.errors import FlaxError
 
@@ -261,7 +262,10 @@ def layers(model: nn.Module, *inputs: Any, **kwargs: Any):
 
 def _abstract(x: Any) -> Any:
   if hasattr(x, "shape") and hasattr(x, "dtype"):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    dtype = x.dtype
+    if isinstance(dtype, np.dtype):  # keys have others
+      dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(x.shape, dtype)
   return x
 
 
