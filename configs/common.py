@@ -1,6 +1,7 @@
 """What the configs share: the keys of every run, and the recipes for CIFAR-10.
 
-A config file sets what is its own on `base()` and locks it. No config itself.
+A config file sets what is its own on `base()` and locks it. It runs this file,
+its neighbour, by path: configs are read from any directory, and are no package.
 """
 
 from collections.abc import Sequence

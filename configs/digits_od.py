@@ -5,9 +5,15 @@
 Variants: smoke (two epochs, to see that everything runs).
 """
 
+import pathlib
+import runpy
+import types
+
 from ml_collections import ConfigDict
 
-from configs import common
+common = types.SimpleNamespace(
+  **runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -11,9 +11,15 @@ parameters, 281,640 MACs. Variants:
   smoke   two epochs, to see that everything runs
 """
 
+import pathlib
+import runpy
+import types
+
 from ml_collections import ConfigDict, config_dict
 
-from configs import common
+common = types.SimpleNamespace(
+  **runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:

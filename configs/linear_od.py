@@ -6,9 +6,15 @@ Inputs are uniform on the unit ball in R^9, targets x A with A [9, 6] of rank 3.
 Variants: smoke (two epochs, to see that everything runs).
 """
 
+import pathlib
+import runpy
+import types
+
 from ml_collections import ConfigDict
 
-from configs import common
+common = types.SimpleNamespace(
+  **runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -28,9 +28,15 @@ and pufferfish with any but paper:
           too, e.g. --config.discover.epochs=80 --config.settle.epochs=220
 """
 
+import pathlib
+import runpy
+import types
+
 from ml_collections import ConfigDict
 
-from configs import common
+common = types.SimpleNamespace(
+  **runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:

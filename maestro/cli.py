@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,22 +21,26 @@ _FULL = (
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses flags; ml_collections raises what it finds in a config as it is."""
-  for arg in argv[1:]:  # config files share configs/common.py
-    if arg.startswith("--config="):
-      file = pathlib.Path(arg.partition("=")[2].partition(":")[0])
-      sys.path.append(str(file.resolve().parent.parent))
   try:
     flags.FLAGS.set_gnu_getopt()  # flags may stand behind other arguments
     rest = flags.FLAGS(argv)
+    if "config" in flags.FLAGS:
+      # What could not be read is told when any part of the config is.
+      getattr(flags.FLAGS["config"].value, "lock", None)
   except (AttributeError, KeyError, TypeError) as error:
     # It comes as the repr of a repr: escapes and one or two layers of quotes.
     text = str(error).replace("\\n", " ").replace("\\'", "")
     text = " ".join(text.split()).strip("\"'")
+    if "no attribute 'get_config" in text:
+      raise UserError(
+        "--config: the file has no function get_config; give the path of a"
+        " config file, e.g. configs/digits_od.py"
+      ) from error
     raise UserError(f"--config: unknown or unfit key: {text}") from error
   except OSError as error:
     raise UserError(
       f"--config: {str(error).strip().splitlines()[-1].strip()}; give the path"
-      " of a config file, e.g. configs/digits_od.py"
+      " of a config file, e.g. configs/digits_od.py, with common.py beside it"
     ) from error
   except flags.Error as error:
     # An error in a config file comes with its traceback; the last line tells.
@@ -51,14 +54,6 @@ def _parse(argv: list[str]) -> list[str]:
       f"--config: the file cannot be run: {type(error).__name__}:"
       f" {' '.join(str(error).split())}"
     ) from error
-  config: Any = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
-  if config is not None and config.present:
-    file = config.config_filename.partition(":")[0]
-    if not pathlib.Path(file).is_file():
-      raise UserError(
-        f"--config: there is no file {file}; give the path of a config file,"
-        " e.g. configs/digits_od.py"
-      )
   # absl's app would default to INFO, at which libraries are talkative.
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)

@@ -41,7 +41,7 @@ from maestro.report import style
 from maestro.report import tables as report
 from maestro.runs import workdir as workdir_lib
 from maestro.training import loop as train
-from maestro.training.config import parse
+from maestro.training.config import length_of, parse
 
 EXIT_NONE_SUITS = 3
 _ROUNDING = 1e-9  # 0.95 - 0.9465 is a little more than 0.0035
@@ -167,7 +167,7 @@ def _check(config: Mapping, criterion: Mapping[str, Any]) -> dict[str, Any]:
       f"--config.method={c.method.name} has no lambda to search; use maestro or"
       " prox: the search trains the dense network by itself"
     )
-  if not c.discover.epochs:
+  if not length_of(c, "discover").value:
     raise SearchError(
       "--config.discover.epochs=0: lambda does nothing; raise it"
     )

@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 
 import jax
@@ -293,6 +295,35 @@ def test_every_shipped_config_tells_its_command(path):
   assert f"--config=configs/{path.name}" in doc
   for variant in variants(path)[1:]:
     assert variant in doc
+
+
+@pytest.mark.parametrize("path", ["my_config.py", "sub/../my_config.py"])
+def test_a_copy_of_a_config_works_beside_common(
+  path, command, trained, tmp_path, monkeypatch
+):
+  (tmp_path / "sub").mkdir()
+  shutil.copy(CONFIG, tmp_path / "my_config.py")
+  monkeypatch.chdir(tmp_path)
+  code, _, err = command(f"--config={path}", "--workdir=run")
+  assert code == 2 and "common.py" in err and not trained
+  assert len(err.strip().splitlines()) == 1
+  shutil.copy(ROOT / "configs" / "common.py", tmp_path)
+  assert command(f"--config={path}", "--workdir=run")[0] == 0
+  assert trained[0][0] == load(pathlib.Path(CONFIG)).get_config().to_dict()
+
+
+def test_a_file_that_is_no_config_is_told():
+  # In a process of its own: here, another config's functions are still there.
+  done = subprocess.run(
+    [sys.executable, "-m", "maestro.main", "--config=configs/common.py"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert done.returncode == 2 and "no function get_config" in done.stderr
+  assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", SHAPES)

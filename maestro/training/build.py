@@ -29,6 +29,7 @@ from maestro.training.config import (
   PHASES,
   Config,
   clock_of,
+  length_of,
   parse,
   periods_of,
 )
@@ -204,9 +205,11 @@ def check(c: Config) -> None:
   """
   make_mesh(c.num_devices)
   methods.check(c.method, settings(c))
-  clock = clock_of(c, 1000)
-  periods_of(c, clock)
-  optim.make(c.optimizer, _schedule(c, clock))
+  periods_of(c, clock_of(c, 1))
+  for name in PHASES:  # whether a warm-up fits, only the data can tell
+    if length_of(c, name).value:
+      optim.bind_schedule(name, getattr(c, name).schedule)
+  optim.make(c.optimizer, optax.constant_schedule(0.0))
 
 
 def make_training(c: Config) -> Training:
@@ -221,6 +224,7 @@ def make_training(c: Config) -> Training:
   layers = nn.layers(model, facts.example)
   n = _steps_per_epoch(c, len(dataset.train), mesh.size)
   clock = clock_of(c, n)
+  _schedule(c, clock)  # tells a warm-up that does not fit
   shapes = jax.eval_shape(model.init, jax.random.key(0), facts.example)
   dense = count_cost(layers, shapes["params"])
   random = functools.partial(_random, c.seed, model, facts.example)
@@ -239,7 +243,7 @@ def make_training(c: Config) -> Training:
 
   @functools.cache
   def optimizer(discover: int):
-    schedule = _schedule(c, clock.ending_discover(discover))
+    schedule = _schedule(c, clock, discover)
     tx = optim.make(c.optimizer, schedule)
     return schedule, method.optimizer(tx, schedule, discover)
 
@@ -301,9 +305,11 @@ def settings(c: Config) -> methods.Settings:
   )
 
 
-def _schedule(c: Config, clock: Clock) -> optax.Schedule:
+def _schedule(
+  c: Config, clock: Clock, end: int | None = None
+) -> optax.Schedule:
   sections = {name: getattr(c, name).schedule for name in PHASES}
-  return optim.make_schedule(sections, clock)
+  return optim.make_schedule(sections, clock, end)
 
 
 def _steps_per_epoch(c: Config, n: int, devices: int) -> int:

@@ -166,17 +166,13 @@ def parse(config: Mapping[str, Any]) -> Config:
     )
   method = parse_method(config.get("method", "maestro"))
   c = Config(**bind(Config, dict(config) | {"method": method}, "config"))
-  discover, settle = (length_of(c, name).value for name in PHASES)
-  if not discover and not settle:
-    raise ConfigError(
-      "config.discover.epochs and config.settle.epochs are both 0: no training"
-    )
+  clock_of(c, 1)  # whatever an epoch is, no training stays none
   if c.full_pass and c.full_pass.distill and c.loss != "cross_entropy":
     raise ConfigError(
       "config.full_pass.distill: soft targets need config.loss="
       '"cross_entropy"; set it to 0'
     )
-  if method.decompose == "settle" and not settle:
+  if method.decompose == "settle" and not length_of(c, "settle").value:
     raise ConfigError(
       "config.settle.epochs: 0, but config.method decomposes at the start of"
       ' settle; raise it, or set config.method.decompose to "end"'
@@ -189,8 +185,8 @@ def length_of(c: Config, phase: str) -> Duration:
   section, where = getattr(c, phase), f"config.{phase}"
   if section.epochs is None and section.length is None:
     raise ConfigError(f"{where}.epochs: missing key, and no {where}.length")
-  text = section.length or f"epochs:{section.epochs}"
-  return Duration.parse(text, f"{where}.length")
+  default = f"epochs:{section.epochs}"
+  return Duration.parse(section.length, f"{where}.length", default)
 
 
 def clock_of(c: Config, steps_per_epoch: int) -> Clock:
@@ -203,20 +199,24 @@ def periods_of(c: Config, clock: Clock) -> Periods:
   """Steps from one log, evaluation, checkpoint or shrinking to the next."""
 
   def steps(text: str | None, default: str, where: str) -> int:
-    length = Duration.parse(text or default, where)
+    length = Duration.parse(text, where, default)
     if not length.value:
       raise ConfigError(f"{where}: {text!r} is never; set it to more than 0")
     return clock.steps(length)
 
-  log, saves = c.log_every or f"steps:{c.log_every_steps}", c.checkpoint
   logs = c.log_every is not None or c.log_every_steps is not None
-  every = f"epochs:{saves.every_epochs}"
   return Periods(
-    log=steps(log, log, "config.log_every") if logs else None,
+    log=steps(c.log_every, f"steps:{c.log_every_steps}", "config.log_every")
+    if logs
+    else None,
     evaluate=steps(
       c.eval_every, f"epochs:{c.eval_every_epochs}", "config.eval_every"
     ),
-    save=steps(saves.every, every, "config.checkpoint.every"),
+    save=steps(
+      c.checkpoint.every,
+      f"epochs:{c.checkpoint.every_epochs}",
+      "config.checkpoint.every",
+    ),
     shrink={
       name: steps(phase.shrink_every, "epochs:1", f"config.{name}.shrink_every")
       for name in PHASES

@@ -21,12 +21,18 @@ class Duration:
   value: float
 
   @classmethod
-  def parse(cls, text: str, where: str) -> "Duration":
+  def parse(cls, text: str | None, where: str, default: str = "") -> "Duration":
     """Reads "epochs:2.5", "steps:5000", "examples:1e6" or "fraction:0.1".
 
+    Args:
+      text: None takes the default.
+      where: the key that it is the value of.
+      default: in the same notation.
+
     Raises:
-      ConfigError: names the key `where`.
+      ConfigError: names the key.
     """
+    text = default if text is None else text
     unit, colon, value = text.strip().partition(":")
     try:
       number = float(value)
@@ -81,17 +87,14 @@ class Clock:
     """Where in the run a step ends, for people."""
     return f"epoch {self.epoch(step)}/{self.epoch(self.total)}"
 
-  def ending_discover(self, step: int) -> "Clock":
-    """Returns the clock of the same run, discover ending at a step."""
-    return dataclasses.replace(self, discover=step, settle=self.total - step)
-
   def of(self, discover: Duration, settle: Duration) -> "Clock":
     """Returns the clock of a run of two phases.
 
     A phase that is a fraction f of the run is f / (1 - f) of the other one.
 
     Raises:
-      ConfigError: nothing says how long the run is.
+      ConfigError: nothing says how long the run is, or it has no step, or more
+        than an int32 counts.
     """
     lengths = (discover, settle)
     parts = [x.value for x in lengths if x.unit == "fraction"]
@@ -101,10 +104,15 @@ class Clock:
         " needs the other phase in epochs, steps or examples"
       )
     known = sum(self.steps(x) for x in lengths if x.unit != "fraction")
-    total = round(known / (1 - sum(parts)))
-    steps = [
-      self.steps(x) if x.unit != "fraction" else total - known for x in lengths
-    ]
+    share = sum(parts)
+    rest = max(round(known * share / (1 - share)), int(share > 0))
+    if not known or known + rest >= 2**31:
+      raise ConfigError(
+        "config.discover.epochs and config.settle.epochs, or lengths in their"
+        f" place, make {known + rest:,} steps: "
+        + ("lower them" if known else "no training; raise one")
+      )
+    steps = [rest if x.unit == "fraction" else self.steps(x) for x in lengths]
     return dataclasses.replace(self, discover=steps[0], settle=steps[1])
 
 

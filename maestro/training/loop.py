@@ -131,7 +131,6 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         whole = every(step, t.clock.steps_per_epoch)
         record, state = _means(t, state, ledger, whole or last or discovered)
         check_finite(record, step, checkpoints)
-        # Before a switch may give what is left another schedule.
         schedule, _ = t.optimizer(ledger.discover_steps)
         record["learning_rate"] = float(schedule(step - 1))
         shrinks = t.periods.shrink.get(name)

@@ -84,20 +84,33 @@ def cosine(
 SCHEDULES = {"constant": constant, "cosine": cosine, "piecewise": piecewise}
 
 
+def bind_schedule(
+  phase: str, section: Mapping
+) -> Callable[[Clock, int], optax.Schedule]:
+  """Checks a phase's section; returns (clock, steps) -> schedule."""
+  where = f"config.{phase}.schedule"
+  return schema.make(SCHEDULES, section, where, given=("clock", "steps"))
+
+
 def make_schedule(
-  sections: Mapping[str, Mapping], clock: Clock
+  sections: Mapping[str, Mapping], clock: Clock, end: int | None = None
 ) -> optax.Schedule:
-  """Joins the schedules of the phases: {"discover": section, "settle": ...}."""
-  schedules, boundaries, start = [], [], 0
-  for name, section in sections.items():
-    steps = getattr(clock, name)
-    if not steps:
-      continue
-    given = ("clock", "steps")
-    make = schema.make(SCHEDULES, section, f"config.{name}.schedule", given)
-    schedules.append(make(clock, steps))
-    start += steps
-    boundaries.append(start)
+  """Joins the schedules of the phases: {"discover": section, "settle": ...}.
+
+  Args:
+    sections: of the config.
+    clock: the lengths as they were planned.
+    end: the step at which discover ends, if earlier: settle gets what is left.
+  """
+  end = clock.discover if end is None else end
+  schedules, boundaries = [], []
+  for name, steps, stop in (
+    ("discover", clock.discover, end),
+    ("settle", clock.total - end, clock.total),
+  ):
+    if steps:
+      schedules.append(bind_schedule(name, sections[name])(clock, steps))
+      boundaries.append(stop)
   return optax.join_schedules(schedules, boundaries[:-1])
 
 

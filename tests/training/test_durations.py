@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from maestro.schema import ConfigError
+from maestro.training import build
 from maestro.training.config import clock_of, parse, periods_of
 from maestro.training.durations import Clock, Duration
 
@@ -69,6 +70,49 @@ def test_something_must_say_how_long_a_run_is(parts):
   texts = ["epochs:1" if x is None else f"fraction:{x}" for x in parts]
   with pytest.raises(ConfigError, match=r"discover\.length"):
     Clock(8, 128).of(*map(read, texts))
+
+
+@pytest.mark.parametrize(
+  ("discover", "settle", "word"),
+  [
+    ("steps:0", "epochs:0", "no training"),
+    ("fraction:0.5", "steps:0", "no training"),
+    ("steps:1e12", "epochs:1", "lower them"),
+    ("steps:1e6", "fraction:0.9999", "lower them"),
+  ],
+)
+def test_a_run_has_a_sensible_number_of_steps(discover, settle, word):
+  with pytest.raises(ConfigError, match=word):
+    Clock(8, 128).of(read(discover), read(settle))
+
+
+def test_a_phase_that_is_asked_for_has_a_step():
+  clock = Clock(8, 128).of(read("fraction:0.001"), read("steps:10"))
+  assert (clock.discover, clock.settle) == (1, 10)
+
+
+@pytest.mark.parametrize("warmup", ["epochs:0.5", "steps:4"])
+def test_a_warm_up_is_not_judged_before_an_epoch_has_a_length(warmup):
+  section = {"name": "cosine", "learning_rate": 0.1, "warmup": warmup}
+  c = config({"length": "steps:10", "schedule": section}, {"epochs": 1})
+  build.check(c)
+  assert build.make_training(c).clock.discover == 10
+  section["warmup"] = "steps:10"
+  with pytest.raises(ConfigError, match=r"schedule\.warmup.*leaves nothing"):
+    build.make_training(c)
+
+
+@pytest.mark.parametrize(
+  "key", ["discover.length", "eval_every", "log_every", "checkpoint.every"]
+)
+def test_an_empty_length_is_refused_by_its_key(key):
+  section, _, name = key.rpartition(".")
+  given = {"epochs": 1} | ({name: ""} if section == "discover" else {})
+  more = {name: ""} if not section else {}
+  more |= {"checkpoint": {name: ""}} if section == "checkpoint" else {}
+  with pytest.raises(ConfigError, match=rf"config\.{key}: ''"):
+    c = config(given, {"epochs": 1}, **more)
+    build.check(c)
 
 
 def config(discover, settle, **more):

@@ -338,6 +338,25 @@ def test_phases_join_at_the_first_step_of_the_next():
   np.testing.assert_allclose(found, [3, 3, 1, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("end", [5, 10, 15])
+def test_a_discover_that_ends_early_leaves_its_rates_and_settle_the_rest(end):
+  """Also within its warm-up of ten steps, which is what was planned."""
+  warm = {"name": "cosine", "learning_rate": 2.0, "warmup_epochs": 1.0}
+  sections = {
+    "discover": warm,
+    "settle": {"name": "cosine", "learning_rate": 1.0},
+  }
+  clock = Clock(10, 1, discover=20, settle=20)
+  planned = optim.make_schedule(sections, clock)
+  found = optim.make_schedule(sections, clock, end)
+  for step in range(end):
+    assert float(found(step)) == float(planned(step))
+  assert float(found(end)) == 1.0
+  half = end + (40 - end) / 2
+  assert float(found(half)) == pytest.approx(0.5)
+  assert float(found(40)) == pytest.approx(0, abs=1e-6)
+
+
 def test_a_phase_of_no_epochs_has_no_schedule():
   bad = {"name": "no such schedule"}
   phases = [
