@@ -1,6 +1,7 @@
 """Lengths of training: in epochs, steps, examples or a fraction of the run."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from maestro.schema import ConfigError
@@ -79,13 +80,15 @@ class Clock:
     }[length.unit]
     return max(round(length.value * size), int(length.value > 0))
 
-  def epoch(self, step: int) -> int:
-    """The epoch, from 1, in which a step ends."""
-    return -(-step // self.steps_per_epoch)
+  def epochs(self, step: int) -> float:
+    """Epochs that are made by a step; a whole number at the end of one."""
+    whole, more = divmod(step, self.steps_per_epoch)
+    return whole + more / self.steps_per_epoch if more else whole
 
   def text(self, step: int) -> str:
-    """Where in the run a step ends, for people."""
-    return f"epoch {self.epoch(step)}/{self.epoch(self.total)}"
+    """The epoch, from 1, in which a step ends, for people."""
+    epoch, last = (math.ceil(self.epochs(n)) for n in (step, self.total))
+    return f"epoch {epoch}/{last}"
 
   def of(self, discover: Duration, settle: Duration) -> "Clock":
     """Returns the clock of a run of two phases.

@@ -157,7 +157,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         record |= rank_record(t.layers, state)
         record["examples_per_second"] = done.examples_per_second
         record["phase"] = int(name == "settle")
-        writer.write(step, t.clock.epoch(step), record)
+        writer.write(step, t.clock.epochs(step), record)
         writer.progress(
           step,
           f"{t.clock.text(step)} {name} loss {done.loss:.3f}"

@@ -103,7 +103,7 @@ def run_round(
       sums = added({}, window)
       check_finite(means(sums), step, checkpoints)
       rate = {"learning_rate": float(schedule(step - 1))}
-      writer.write(step, epoch + 1, means(sums) | rate)
+      writer.write(step, t.clock.epochs(step), means(sums) | rate)
       ledger.sums = added(ledger.sums, sums)
     return loss
 
