@@ -3,7 +3,7 @@
 import math
 import os
 import pathlib
-import shutil
+import tempfile
 
 import matplotlib
 import matplotlib.cm
@@ -46,21 +46,27 @@ def figures(workdir, *, out=None):
     "importance.png": lambda: _draw_importance(workdir, results),
     "cost.png": lambda: _draw_cost(records, results),
   }
-  paths, new = [], out.with_name(f".{out.name}.new")
-  shutil.rmtree(new, ignore_errors=True)
-  with matplotlib.rc_context(STYLE):
+  paths: list[pathlib.Path] = []
+  out.parent.mkdir(parents=True, exist_ok=True)
+  # A place of its own: two processes may draw the same report.
+  with (
+    tempfile.TemporaryDirectory(prefix=".report", dir=out.parent) as place,
+    matplotlib.rc_context(STYLE),
+  ):
+    new = pathlib.Path(place, "new")
     for name, draw in drawn.items():
       figure = draw()
       if figure is not None:
-        new.mkdir(parents=True, exist_ok=True)
+        new.mkdir(exist_ok=True)
         figure.savefig(new / name)
         paths.append(out / name)
-  if paths and not out.exists():
-    new.rename(out)
-  else:  # beside files of others
-    for path in paths:
-      os.replace(new / path.name, path)
-    shutil.rmtree(new, ignore_errors=True)
+    if not paths:
+      return paths
+    try:
+      new.rename(out)
+    except OSError:  # beside files of others
+      for path in paths:
+        os.replace(new / path.name, path)
   return paths
 
 

@@ -368,6 +368,22 @@ def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
   assert mine.read_text() == "kept" and not list(workdir.glob(".report*"))
 
 
+def test_two_at_once_draw_the_same_report(tmp_path, monkeypatch):
+  workdir = make_run(tmp_path / "run")
+  save, others = matplotlib.figure.Figure.savefig, []
+
+  def meanwhile(self, path, **options):
+    save(self, path, **options)
+    if not others:
+      others.append(None)
+      others[0] = figures.figures(workdir)
+
+  monkeypatch.setattr(matplotlib.figure.Figure, "savefig", meanwhile)
+  assert figures.figures(workdir) == others[0]
+  assert len(list((workdir / "report").iterdir())) == 3
+  assert not list(workdir.glob(".report*"))
+
+
 def test_figures_of_a_dense_run(tmp_path):
   workdir = make_run(tmp_path / "run", 3, score="loss")
   (workdir / "importance.json").unlink()
