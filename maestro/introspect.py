@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -386,6 +386,92 @@ def capture_inputs(
     _, state = model.apply(variables, *inputs, mutable=["captured"], **kwargs)
   found = dict(state).get("captured", {})
   return {path: trees.get(found, path)["inputs"] for path in sorted(paths)}
+
+
+def apply_tapped(
+  model: nn.Module,
+  variables: Any,
+  taps: Any,
+  statistic: Callable[[str, jax.Array, jax.Array], Any],
+  *inputs: Any,
+  **kwargs: Any,
+) -> Any:
+  """Runs a model such that gradients with respect to taps are statistics.
+
+    d loss / d taps[path] = sum over calls of statistic(path, x, g)
+
+  x [*groups, N, n_in] are the rows that the layer's kernel multiplies, as of
+  `capture_inputs`, and g [*groups, N, n_out] the loss's gradient with respect
+  to the layer's outputs. The outputs, and all other gradients, are those of
+  `model.apply`. A layer under `nn.scan` needs variable_axes={"params": 0,
+  "captured": 0}; its taps lead with the scan's axis.
+
+  Args:
+    model: a Flax Linen module.
+    variables: of the model; layers may be dense or factored.
+    taps: {path: tree of zeros}, of what `statistic` returns.
+    statistic: see above; traced.
+    *inputs: of the model.
+    **kwargs: passed on to the model, e.g. train=False.
+  """
+
+  def tap(module: nn.Module, path: str, x: jax.Array, y: jax.Array, zero: Any):
+    @jax.custom_vjp
+    def identity(x, y, zero):
+      del x, zero
+      return y
+
+    def forward(x, y, zero):
+      del zero
+      return y, x
+
+    def backward(x, g):
+      rows = _rows(module, x)
+      if jnp.issubdtype(x.dtype, jnp.inexact):
+        none = jnp.zeros_like(x)
+      else:
+        none = np.zeros(x.shape, jax.dtypes.float0)
+      return none, g, statistic(path, rows, _output_rows(module, x, g))
+
+    identity.defvjp(forward, backward)
+    return identity(x, y, zero)
+
+  def intercept(next_call, args, kwargs, context):
+    y = next_call(*args, **kwargs)
+    given, module = (*args, *kwargs.values()), context.module
+    if context.method_name == "__call__" and given:
+      zero = module.get_variable("captured", "tap")
+      if zero is not None and _spec(module, given[0]) is not None:
+        return tap(module, path_of(module), given[0], y, zero)
+    return y
+
+  tree: dict = {}
+  for path, zero in taps.items():
+    node = tree
+    for name in path.split("/") if path else ():
+      node = node.setdefault(name, {})
+    node["tap"] = zero
+  with nn.intercept_methods(_outermost(intercept)):
+    return model.apply({**variables, "captured": tree}, *inputs, **kwargs)
+
+
+def _output_rows(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Lays out a layer's outputs as `_rows` does its inputs: [*groups, N, out].
+
+  Args:
+    module: the layer.
+    x: its input.
+    y: of the shape of its output.
+  """
+  if isinstance(module, nn.Conv) and module.feature_group_count > 1:
+    g = module.feature_group_count
+    return jnp.moveaxis(y.reshape((-1, g, y.shape[-1] // g)), 1, 0)
+  if isinstance(module, nn.DenseGeneral):
+    axis, batch = general_axes(module, x.ndim)
+    groups = tuple(x.shape[a] for a in batch)
+    n_out = math.prod(y.shape[x.ndim - len(axis) :])
+    return y.reshape((*groups, -1, n_out))
+  return y.reshape((-1, y.shape[-1]))
 
 
 def check_ranks(

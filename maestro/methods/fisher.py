@@ -1,0 +1,387 @@
+"""The fisher order: components by what losing them does to the loss.
+
+Where the plain decomposition asks how much of a kernel K is lost, and
+`calibrate` how much of a layer's outputs X K, this asks how much the loss
+changes, to second order: a change D of the kernel changes a layer's outputs by
+X D, and the loss by about
+
+  1/2 E ||(gradient at the output)^T (x D)||^2  ~  ||A^1/2 D G^1/2||_F^2
+
+with A = E |g|^2 x x^T and G = E g g^T over rows x that the kernel meets and
+gradients g at the layer's output (a Kronecker product for the layer's Fisher
+information). Its best approximation of rank r is a prefix of
+
+  A^1/2 K G^1/2 = U S V^T,   u = K G^1/2 V,   v = V^T G^-1/2,   u v = K
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maestro import introspect, lowrank, trees
+from maestro.lowrank import Rule
+from maestro.methods.calibrate import CalibrationError
+from maestro.svd import fresh
+from maestro.trees import LayerSpec, Tree
+
+# Weights of what the data say nothing of, relative to mean eigenvalues: of A,
+# so that no direction is free; of G, whose inverse root is taken.
+_RIDGE_IN = 1e-6
+_RIDGE_OUT = 1e-3
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+  """Second moments on both sides of a layer's kernel, float32 means over rows.
+
+  Attributes:
+    inputs: E x x^T, [*lead, in, in]; the diagonal [*lead, in] of an embedding.
+    weighted: E |g|^2 x x^T, likewise.
+    outputs: E g g^T, [*lead, out, out].
+  """
+
+  inputs: Any
+  weighted: Any
+  outputs: Any
+
+
+# ---------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------
+
+
+def moments(
+  model: Any,
+  variables: Mapping[str, Any],
+  batches: Iterable[Any],
+  layers: Mapping[str, LayerSpec],
+  *,
+  key: jax.Array,
+  centred: bool = True,
+  **kwargs: Any,
+) -> dict[str, Moments]:
+  """Averages over the inputs that each kernel meets, and gradients behind it.
+
+  The gradients are of <outputs of the model, z> with z normal, the same for
+  equal keys: those of a loss whose Hessian with respect to the outputs is the
+  identity, or, centred, of a softmax that has learned nothing. Rows are those
+  of `calibrate.second_moments`; one backward pass a batch.
+
+  Args:
+    model: a Flax Linen module.
+    variables: of the model, dense or factored.
+    batches: the model's inputs: an array each, or a tuple of its arguments.
+    layers: the layers to collect, from `maestro.layers(model, inputs)`.
+    key: of z.
+    centred: whether z is centred over the last axis of the outputs.
+    **kwargs: passed on to the model, e.g. train=False.
+
+  Raises:
+    CalibrationError: no batches, a layer's inputs are not seen, or not finite.
+  """
+
+  def statistic(path: str, x: jax.Array, g: jax.Array) -> dict:
+    g = g.astype(jnp.float32)
+    square = jnp.sum(g * g, axis=-1)
+    count = jnp.float32(g.shape[-2])
+    if layers[path].kind == "embed":
+      zero = jnp.zeros(layers[path].n_in, jnp.float32)
+      inputs, weighted = zero.at[x].add(1.0), zero.at[x].add(square)
+    else:
+      x = x.astype(jnp.float32)
+      inputs, weighted = _gram(x, x), _gram(square[..., None] * x, x)
+    outputs = _gram(g, g)
+    return {"sums": Moments(inputs, weighted, outputs), "rows": count}
+
+  def zeros(spec: LayerSpec) -> dict:
+    side = (*spec.lead, spec.n_in)
+    side = side if spec.kind == "embed" else (*side, spec.n_in)
+    out = (*spec.lead, spec.n_out, spec.n_out)
+    return {
+      "sums": Moments(jnp.zeros(side), jnp.zeros(side), jnp.zeros(out)),
+      "rows": jnp.zeros(spec.stack),
+    }
+
+  def objective(taps, variables, inputs, key):
+    y = introspect.apply_tapped(
+      model, variables, taps, statistic, *inputs, **kwargs
+    )
+    z = jax.random.normal(key, y.shape, jnp.float32)
+    if centred:
+      z = z - jnp.mean(z, axis=-1, keepdims=True)
+    return jnp.sum(y.astype(jnp.float32) * z)
+
+  sums = jax.jit(jax.grad(objective))
+  nothing = {path: zeros(spec) for path, spec in layers.items()}
+  total: Any = None
+  for i, batch in enumerate(batches):
+    inputs = batch if isinstance(batch, tuple) else (batch,)
+    new = sums(nothing, variables, inputs, jax.random.fold_in(key, i))
+    total = new if total is None else jax.tree.map(jnp.add, total, new)
+  if total is None:
+    if not layers:
+      return {}
+    raise CalibrationError("no batches to calibrate on; pass at least one")
+  if missing := [p for p, t in total.items() if not np.all(t["rows"])]:
+    raise CalibrationError(
+      f"layers {missing}: no inputs were seen; under nn.scan, list"
+      ' "captured" among its variable_axes: {"params": 0, "captured": 0};'
+      " else leave them out of `layers` and decompose them without data"
+    )
+  found = {}
+  for path, t in total.items():
+    rows = np.max(np.asarray(t["rows"]))
+    found[path] = jax.tree.map(lambda x, rows=rows: x / rows, t["sums"])
+    for field in dataclasses.fields(Moments):
+      if not np.all(np.isfinite(getattr(found[path], field.name))):
+        raise CalibrationError(
+          f"layer {path!r}: its moments are not all finite; check"
+          " the calibration data and the parameters of this layer and its"
+          " neighbours"
+        )
+  return found
+
+
+def _gram(x: jax.Array, y: jax.Array) -> jax.Array:
+  high = jax.lax.Precision.HIGHEST
+  return jnp.einsum("...ni,...nj->...ij", x, y, precision=high)
+
+
+# ---------------------------------------------------------------------------
+# Orders
+# ---------------------------------------------------------------------------
+
+
+def _t(x: np.ndarray) -> np.ndarray:
+  return np.swapaxes(x, -1, -2)
+
+
+def _mean(c: np.ndarray, diagonal: bool) -> np.ndarray:
+  c = c if diagonal else np.diagonal(c, axis1=-2, axis2=-1)
+  return np.mean(c, axis=-1)[..., None, None]
+
+
+def _roots(g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns G^1/2 and G^-1/2 of what has a ridge, [*lead, out, out]."""
+  mean = _mean(g, diagonal=False)
+  ridge = np.where(mean > 0, _RIDGE_OUT * mean, 1.0)
+  values, q = np.linalg.eigh(g + ridge * np.eye(g.shape[-1]))
+  root = np.sqrt(np.maximum(values, ridge[..., 0]))[..., None, :]
+  return (q * root) @ _t(q), (q / root) @ _t(q)
+
+
+def _decomposition(
+  k: np.ndarray, a: np.ndarray, g: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns u [*lead, in, R], v [*lead, R, out] and S [*lead, R] of K.
+
+  Without a root of A, which is the largest matrix: S^2 and V are the
+  eigenvalues and eigenvectors of (K G^1/2)^T A (K G^1/2), in coordinates of the
+  rows of K G^1/2, so that R = min(in, out) vectors span them all.
+  """
+  n_in, n_out = k.shape[-2:]
+  root, inverse = (np.eye(n_out), np.eye(n_out)) if g is None else _roots(g)
+  b = k @ root
+  w = np.linalg.qr(_t(b))[0] if n_in < n_out else np.eye(n_out)
+  c = b @ w
+  mean = _mean(a, a.ndim < k.ndim)
+  ridge = np.where(mean > 0, _RIDGE_IN * mean, 1.0)
+  applied = a[..., None] * c if a.ndim < k.ndim else a @ c
+  values, q = np.linalg.eigh(_t(c) @ (applied + ridge * c))
+  q = w @ q[..., ::-1]
+  s = np.sqrt(np.maximum(values[..., ::-1], 0.0))
+  return b @ q, _t(q) @ inverse, s
+
+
+def _checked(
+  k: np.ndarray, found: Moments, spec: LayerSpec, path: str
+) -> list[np.ndarray]:
+  side = (*spec.lead, spec.n_in)
+  side = side if spec.kind == "embed" else (*side, spec.n_in)
+  out = (*spec.lead, spec.n_out, spec.n_out)
+  arrays = [
+    np.asarray(x, np.float64)
+    for x in (found.inputs, found.weighted, found.outputs)
+  ]
+  if [x.shape for x in arrays] != [side, side, out]:
+    raise CalibrationError(
+      f"layer {path!r}: moments of shapes {[x.shape for x in arrays]} do not"
+      f" fit its kernel; expected {side} twice and {out}"
+    )
+  if not all(np.all(np.isfinite(x)) for x in (k, *arrays)):
+    raise CalibrationError(
+      f"layer {path!r}: its weights or moments are not all finite"
+    )
+  # Rounding in float32 leaves them a little asymmetric.
+  return [x if x.ndim < k.ndim else (x + _t(x)) / 2 for x in arrays]
+
+
+def _of(moments: Mapping[str, Moments], path: str) -> Moments:
+  if path not in moments:
+    raise CalibrationError(
+      f"layer {path!r} has no moments; collect them with"
+      " fisher.moments(model, variables, batches, layers, key=key)"
+    )
+  return moments[path]
+
+
+def _factors(
+  k: np.ndarray, found: Moments, spec: LayerSpec, path: str, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """The first components in fisher order; both factors of one norm."""
+  _, a, g = _checked(k, found, spec, path)
+  u, v, _ = _decomposition(k, a, g)
+  u, v = u[..., :rank], v[..., :rank, :]
+  left = np.linalg.norm(u, axis=-2)
+  right = np.linalg.norm(v, axis=-1)
+  # What the kernel maps to zero can still learn, see `lowrank.decompose`.
+  size = np.max(left * right, axis=-1, keepdims=True, initial=0.0)
+  dead = left * right <= 1e-7 * size
+  scale = np.sqrt(right / np.where(dead, 1.0, left))
+  u = np.where(
+    dead[..., None, :],
+    fresh(path, u.shape, jnp.float32),
+    u * np.where(dead, 0.0, scale)[..., None, :],
+  )
+  v = v * np.where(dead, 0.0, 1 / np.where(dead, 1.0, scale))[..., None]
+  return u, v
+
+
+def decompose(
+  params: Tree,
+  rules: Sequence[Rule],
+  layers: Mapping[str, LayerSpec],
+  moments: Mapping[str, Moments],
+) -> dict:
+  """Replaces kernels by factors in fisher order.
+
+  The counterpart of `lowrank.decompose`, with the same rules and the same tree
+  as result: full rank keeps the function, and by the Fisher information the
+  first r components are the best r. Computed in float64 on the host; cannot be
+  traced.
+
+  Args:
+    params: nested mapping of parameters with dense kernels.
+    rules: which layers, see `Rule`; other layers are left untouched.
+    layers: from `maestro.layers(model, inputs)`.
+    moments: from `moments`, for at least the layers that rules select.
+
+  Raises:
+    LowRankError: a rule selects no layer, or a rank is impossible.
+    CalibrationError: moments are missing, of a wrong shape or not finite, or a
+      layer holds no dense kernel.
+  """
+  changes = {}
+  for path, rank in lowrank.resolve(rules, layers).items():
+    if rank is None:
+      continue
+    spec, node = layers[path], trees.get(params, path)
+    kernel = node.get(spec.weight) if isinstance(node, Mapping) else None
+    if trees.is_factored(node) or jnp.shape(kernel) != spec.kernel_shape:
+      raise CalibrationError(
+        f"layer {path!r}: expected a dense {spec.weight!r} of shape"
+        f" {spec.kernel_shape} to decompose"
+      )
+    k = np.asarray(trees.to_matrix(kernel, spec), np.float64)
+    u, v = _factors(k, _of(moments, path), spec, path, rank)
+    rest = {name: x for name, x in node.items() if name != spec.weight}
+    changes[path] = rest | _stored(u, v, spec, kernel.dtype)
+  return trees.replace(params, changes)
+
+
+def reorder(
+  params: Tree,
+  ranks: Tree,
+  layers: Mapping[str, LayerSpec],
+  moments: Mapping[str, Moments],
+) -> dict:
+  """Brings the live components of factored layers into fisher order.
+
+  The product of the factors at their ranks, and with it the network's function,
+  stays as it is (to the rounding of its dtype); stored shapes stay too. Layers
+  without moments are left as they are.
+
+  Args:
+    params: parameters with factored layers.
+    ranks: their current ranks.
+    layers: from `maestro.layers(model, inputs)`.
+    moments: from `moments`.
+
+  Raises:
+    LowRankError: ranks do not fit the factors.
+    CalibrationError: moments do not fit, or are not finite.
+  """
+  changes = {}
+  for path, (node, rank) in trees.paired(
+    lowrank.mask(params, ranks), ranks
+  ).items():
+    if path not in moments:
+      continue
+    spec, stored = layers[path], node["u"].shape[-1]
+    shape_u = (*spec.lead, spec.n_in, stored)
+    shape_v = (*spec.lead, stored, spec.n_out)
+    u = np.asarray(node["u"], np.float64).reshape(shape_u)
+    v = np.asarray(node["v"], np.float64).reshape(shape_v)
+    size = min(stored, spec.full_rank)
+    u, v = _factors(u @ v, moments[path], spec, path, size)
+    live = np.arange(size) < np.asarray(rank)[..., None]
+    u = np.where(live[..., None, :], u, 0.0)
+    v = np.where(live[..., None], v, 0.0)
+    if size < stored:
+      more = [(0, 0)] * len(spec.lead)
+      u = np.pad(u, [*more, (0, 0), (0, stored - size)])
+      v = np.pad(v, [*more, (0, stored - size), (0, 0)])
+    changes[path] = dict(node) | _stored(u, v, spec, node["u"].dtype)
+  return trees.replace(params, changes)
+
+
+def _stored(u: np.ndarray, v: np.ndarray, spec: LayerSpec, dtype: Any) -> dict:
+  shape_u, shape_v = spec.factor_shapes(u.shape[-1])
+  return {
+    "u": jnp.asarray(u.reshape(shape_u), dtype),
+    "v": jnp.asarray(v.reshape(shape_v), dtype),
+  }
+
+
+ORDERS = ("svd", "data", "fisher")
+
+
+def lost_energy(
+  params: Tree,
+  layers: Mapping[str, LayerSpec],
+  moments: Mapping[str, Moments],
+) -> dict[str, dict[str, np.ndarray]]:
+  """Returns the part of each layer's energy that a prefix loses, per order.
+
+    {order: {path: tail [R + 1]}},  tail[r] = sum_{k >= r} S_k^2 / sum_k S_k^2
+
+  with S the singular values of K ("svd"), of E[x x^T]^1/2 K ("data") and of
+  A^1/2 K G^1/2 ("fisher"); summed over the elements of a stacked or grouped
+  layer, whose rank is one number.
+
+  Args:
+    params: with dense kernels.
+    layers: from `maestro.layers(model, inputs)`.
+    moments: from `moments`; says which layers are told.
+  """
+  tails: dict[str, dict[str, np.ndarray]] = {order: {} for order in ORDERS}
+  for path, found in moments.items():
+    spec = layers[path]
+    kernel = trees.get(params, path)[spec.weight]
+    k = np.asarray(trees.to_matrix(kernel, spec), np.float64)
+    inputs, weighted, outputs = _checked(k, found, spec, path)
+    spectra = (
+      np.linalg.svd(k, compute_uv=False),
+      _decomposition(k, inputs, None)[2],
+      _decomposition(k, weighted, outputs)[2],
+    )
+    for order, s in zip(ORDERS, spectra, strict=True):
+      square = np.sum((s**2).reshape((-1, s.shape[-1])), axis=0)
+      tail = np.append(np.cumsum(square[::-1])[::-1], 0.0)
+      tails[order][path] = tail / (tail[0] if tail[0] > 0 else 1.0)
+  return tails
