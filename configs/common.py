@@ -38,6 +38,7 @@ def base() -> ConfigDict:
   c = ConfigDict()
   c.seed = 0
   c.method = "maestro"  # see maestro/methods/table.py, e.g. "dense"
+  c.budget = config_dict.placeholder(str)  # such as "macs:0.25"
   c.loss = "cross_entropy"
   c.batch_size = 128
   c.optimizer = ConfigDict(

@@ -303,19 +303,23 @@ def knapsack(
   top: Ranks,
   limit: int,
   cells: int = _CELLS,
+  floor: Ranks | None = None,
 ) -> Ranks:
   """Solves the multiple-choice knapsack of `dp` for ranks of at most `top`.
 
   Costs are rounded up to at most `cells` units, so the limit holds; `fill`
-  spends what the rounding leaves.
+  spends what the rounding leaves. Ranks are at least `floor`, which must be
+  candidates and within the limit.
   """
   paths = list(top)
-  # Above its least cost, each layer is charged what a rank adds.
-  free = {p: int(tables.costs[p][tables.candidates[p][0]]) for p in paths}
-  room = limit - tables.fixed - sum(free.values())
+  low = {p: 0 if floor is None else floor[p] for p in paths}
   choices = {
-    p: [int(r) for r in tables.candidates[p] if r <= top[p]] for p in paths
+    p: [int(r) for r in tables.candidates[p] if low[p] <= r <= top[p]]
+    for p in paths
   }
+  # Above its least cost, each layer is charged what a rank adds.
+  free = {p: int(tables.costs[p][choices[p][0]]) for p in paths}
+  room = limit - tables.fixed - sum(free.values())
   extra = {
     p: [int(tables.costs[p][r]) - free[p] for r in choices[p]] for p in paths
   }

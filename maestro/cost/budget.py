@@ -179,6 +179,7 @@ def cost_tables(
   kind: str,
   *,
   multiple_of: int = 1,
+  least: int = 0,
 ) -> Tables:
   """Tabulates costs; equal to `count_cost(layers, extract(params, ranks))`.
 
@@ -189,6 +190,7 @@ def cost_tables(
       largest.
     kind: of `COSTS`.
     multiple_of: candidates are multiples of it, or whole layers.
+    least: candidates are at least this, where the layer has so many.
   """
   if multiple_of < 1:
     raise BudgetError(f"--multiple_of={multiple_of} is below 1")
@@ -221,7 +223,9 @@ def cost_tables(
     )
     after = np.minimum.accumulate(table[::-1])[::-1]
     useful = [
-      r for r in range(top) if r % multiple_of == 0 and table[r] < after[r + 1]
+      r
+      for r in range(min(least, top), top)
+      if r % multiple_of == 0 and table[r] < after[r + 1]
     ]
     costs[path], candidates[path] = table, np.array([*useful, top])
   rest = getattr(merged, kind) - sum(dense[path] for path in flat)

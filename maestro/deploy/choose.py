@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maestro import data as data_lib
@@ -25,17 +24,15 @@ from maestro.cost.budget import (
 from maestro.cost.count import count_cost
 from maestro.cost.latency import measure_latency
 from maestro.errors import UserError
-from maestro.introspect import mode
 from maestro.parallel.mesh import make_mesh
 from maestro.training import build
-from maestro.training import losses as losses_lib
+from maestro.training.judge import make_judge
 
 RULES = ("uniform", "threshold", "energy", "greedy", "dp")
 # What a search may cost if not told: MACs of the dense network's forward pass.
 # About ten minutes on two CPU cores for ResNet-18, whose forty are the least.
 _WORK = 4e13
 _EVALUATIONS = (40, 1000)  # but at least, and at most
-_CHUNK = 512  # examples of one forward pass
 _CHAIN = 25  # profiles among which a latency budget chooses
 
 
@@ -159,42 +156,29 @@ class Oracle:
         "to measure losses on training examples needs the data set; without it,"
         " use --rule=uniform, threshold or energy"
       )
-    run, preprocess = self.run, self.dataset.preprocess
-    split = self.dataset.train
+    run, split = self.run, self.dataset.train
     size = min(self.options.batch, len(split))
-    chosen = data_lib.choice(self.options.seed, len(split))[:size]
-    inputs, targets = split.inputs[chosen], split.targets[chosen]
-    function = losses_lib.LOSSES[run.config.loss]
+    judge = make_judge(
+      run.model,
+      loss=run.config.loss,
+      preprocess=self.dataset.preprocess,
+      split=split,
+      examples=size,
+      seed=self.options.seed,
+    )
     params = jax.device_put(run.params)
+    norms = {"batch_stats": run.batch_stats} if run.batch_stats else {}
 
     @jax.jit
     def merge(params, ranks):
       return lowrank.merge(lowrank.mask(params, ranks), run.layers)
 
-    @jax.jit
-    def total(params, x, y):
-      x, variables = preprocess(x), {"params": params}
-      if not run.batch_stats:
-        told = mode(run.model, train=False)
-        return jnp.sum(function(run.model.apply(variables, x, **told), y))
-      outputs, _ = run.model.apply(
-        variables | {"batch_stats": run.batch_stats},
-        x,
-        **mode(run.model, train=True),
-        rngs={"dropout": jax.random.key(0)},  # the same for all networks
-        mutable=["batch_stats"],
-      )
-      return jnp.sum(function(outputs, y))
-
     def make(n: int) -> rank_rules.Loss:
-      # Of equal size, or the statistics of a last, small one would be poor.
-      chunks = np.array_split(np.arange(n), -(-n // _CHUNK))
-
       def loss(ranks: Ranks) -> float:
         merged = merge(params, self.tree(ranks))
-        found = sum(total(merged, inputs[i], targets[i]) for i in chunks)
+        found = judge({"params": merged, **norms}, n)
         progress(n / size)
-        return float(found) / n
+        return found
 
       return _remembered(loss)
 

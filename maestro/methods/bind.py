@@ -21,7 +21,7 @@ from maestro.cost.budget import fit_budget, parse_budget
 from maestro.cost.count import Cost
 from maestro.introspect import mode
 from maestro.lowrank import Rule
-from maestro.methods import calibrate, freeze, prox
+from maestro.methods import calibrate, fisher, freeze, prox, race
 from maestro.methods.decomposers import DECOMPOSERS, SUPPLIED
 from maestro.methods.penalties import PENALTIES, SHRINKERS
 from maestro.methods.project import project, spectra
@@ -64,6 +64,8 @@ class Bound:
     stable_ranks: dense params -> {path: stable rank}; None without a switch.
     switches: (stable ranks of the last epoch, of this one) -> bool, whether
       they end discover.
+    race: how profiles are proposed and raced at the start of settle; None if
+      ranks are chosen by a rule.
   """
 
   decompose_at: str | None
@@ -83,6 +85,7 @@ class Bound:
   project_lams: Mapping[str, float]
   stable_ranks: Callable[[Tree], dict[str, float]] | None
   switches: Callable[[Mapping, Mapping], bool]
+  race: race.Race | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,8 @@ class Subject:
     initial: returns the random dense parameters of the run's seed.
     batches: (how many examples) -> batches of preprocessed training examples.
     key: of random factors.
+    calibration: key of what calibration draws.
+    classifies: whether outputs are logits.
   """
 
   model: Any
@@ -125,6 +130,8 @@ class Subject:
   initial: Callable[[], Tree]
   batches: Callable[[int], Iterable[jax.Array]]
   key: jax.Array
+  calibration: jax.Array
+  classifies: bool
 
 
 # ---------------------------------------------------------------------------
@@ -205,7 +212,9 @@ def check(m: Method, settings: Settings) -> None:
   for key, table in (("shrink", SHRINKERS), ("penalty", PENALTIES)):
     if getattr(m, key) is not None:
       schema.check_name(getattr(m, key), table, f"config.method.{key}")
-  if m.budget is not None:
+  if m.race is not None:
+    race.check(m)
+  elif m.budget is not None:
     parse_budget(m.budget)
     if m.decompose is None or m.decomposer["name"] == "adapter":
       raise ConfigError(
@@ -261,7 +270,35 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
     project_lams=step_lams,
     stable_ranks=None if m.switch is None else ranks.stable_ranks,
     switches=_switch(m),
+    race=None if m.race is None else _race(m, settings, subject),
   )
+
+
+def _race(m: Method, settings: Settings, s: Subject) -> race.Race:
+  """Binds the race of profiles for the method's budget."""
+  limits = selected(settings.rules, s)
+  if not limits:
+    raise ConfigError(
+      "config.rules: no layer is factored, so there are no ranks to race for"
+    )
+
+  def see(params: Tree, batch_stats: Tree) -> Seen:
+    return Seen(s, list(limits), params, batch_stats)
+
+  return race.Race(
+    options=race.options_of(m.race or {}),
+    tables=race.tables_of(s.layers, s.initial, limits, m.budget or ""),
+    limits=limits,
+    layers=s.layers,
+    budget=m.budget or "",
+    see=see,
+  )
+
+
+def selected(rules: Sequence[Rule], s: Subject) -> dict[str, int]:
+  """{path: largest rank} of the layers that rules select."""
+  chosen = lowrank.resolve(rules, s.layers)
+  return {path: rank for path, rank in chosen.items() if rank is not None}
 
 
 @functools.cache  # one function, so that what is compiled for it is found
@@ -314,6 +351,42 @@ def wrap_optimizer(
   return freeze.freeze_base(tx) if m.trainable == "factors" else tx
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+  """What layers of a network see of training data.
+
+  Attributes:
+    subject: the network.
+    paths: the layers.
+    params: its parameters.
+    batch_stats: its batch statistics, {} without.
+  """
+
+  subject: Subject
+  paths: Sequence[str]
+  params: Tree
+  batch_stats: Tree
+
+  def _given(self, examples: int) -> tuple:
+    s, variables = self.subject, {"params": self.params}
+    if self.batch_stats:
+      variables["batch_stats"] = self.batch_stats
+    layers = {path: s.layers[path] for path in self.paths}
+    return s.model, variables, s.batches(examples), layers
+
+  def inputs(self, examples: int) -> dict[str, jax.Array]:
+    """Second moments of inputs on so many examples."""
+    told = mode(self.subject.model, train=False)
+    return calibrate.second_moments(*self._given(examples), **told)
+
+  def both(self, examples: int) -> dict[str, fisher.Moments]:
+    """Moments on both sides of kernels on so many examples."""
+    s, told = self.subject, mode(self.subject.model, train=False)
+    return fisher.moments(
+      *self._given(examples), key=s.calibration, centred=s.classifies, **told
+    )
+
+
 def _decompose(
   m: Method, ranks: "_Ranks", s: Subject, params: Tree, batch_stats: Tree
 ) -> tuple[dict, dict]:
@@ -321,17 +394,8 @@ def _decompose(
   chosen = ranks.choose(params)
   rules = [Rule(re.escape(path), rank) for path, rank in chosen.items()]
 
-  def moments(examples: int) -> dict[str, jax.Array]:
-    variables = {"params": params}
-    if batch_stats:
-      variables["batch_stats"] = batch_stats
-    selected = {path: s.layers[path] for path in ranks.limits}
-    batches = s.batches(examples)
-    return calibrate.second_moments(
-      s.model, variables, batches, selected, **mode(s.model, train=False)
-    )
-
-  factored = _decomposer(m)(params, rules, s.layers, moments=moments, key=s.key)
+  seen = Seen(s, list(ranks.limits), params, batch_stats)
+  factored = _decomposer(m)(params, rules, s.layers, moments=seen, key=s.key)
   return factored, lowrank.full_ranks(factored, s.layers)
 
 
@@ -344,9 +408,10 @@ class _Ranks:
 
   def __init__(self, m: Method, rules: Sequence[Rule], subject: Subject):
     self._m, self._s, self._rule = m, subject, _rank_rule(m)
-    chosen = lowrank.resolve(rules, subject.layers)
-    self.limits = {path: r for path, r in chosen.items() if r is not None}
-    if m.budget is not None:  # one that cannot be met shows now
+    self.limits = selected(rules, subject)
+    if (
+      m.budget is not None and m.race is None
+    ):  # one that cannot be met shows now
       self._fit(dict.fromkeys(self.limits, 1), dict.fromkeys(self.limits, 1))
 
   def _spectra(self, params: Tree) -> Spectra:

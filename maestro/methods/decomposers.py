@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maestro import lowrank, trees
-from maestro.methods import calibrate
+from maestro.methods import calibrate, fisher
 from maestro.schema import Count
 from maestro.trees import Layers, Tree
 
@@ -34,7 +34,15 @@ def data(
   See `maestro.methods.calibrate`; `examples` training examples are its data.
   """
   del key
-  return calibrate.decompose(params, rules, layers, moments(examples))
+  return calibrate.decompose(params, rules, layers, moments.inputs(examples))
+
+
+def by_fisher(
+  params: Tree, rules, layers: Layers, *, moments, key, examples: Count = 512
+) -> dict:
+  """Takes the best approximation for the loss: see `maestro.methods.fisher`."""
+  del key
+  return fisher.decompose(params, rules, layers, moments.both(examples))
 
 
 def random(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
@@ -97,5 +105,11 @@ def _selected(rules, layers: Layers, key: jax.Array) -> Iterator[tuple]:
       yield path, rank, *jax.random.split(jax.random.fold_in(key, i))
 
 
-DECOMPOSERS = {"svd": svd, "data": data, "random": random, "adapter": adapter}
+DECOMPOSERS = {
+  "svd": svd,
+  "data": data,
+  "fisher": by_fisher,
+  "random": random,
+  "adapter": adapter,
+}
 SUPPLIED = ("params", "rules", "layers", "moments", "key")

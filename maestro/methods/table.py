@@ -51,6 +51,9 @@ class Method:
       lam means the same as in the loss.
     project: every so many steps, dense kernels are cut to the ranks that
       `ranks` and `budget` give then, see `methods.Projection`; None is off.
+    race: profiles for the budget are proposed at the start of settle, by
+      several scores, and trained side by side for some steps; the best one goes
+      on, see `maestro.methods.race`. None decomposes at `ranks`.
     switch: ends discover early, see `methods.SWITCHES`; settle is longer by as
       much. None keeps config.discover.epochs.
     trainable: "all", or "factors", to freeze all parameters but factors once
@@ -68,6 +71,7 @@ class Method:
   proximal: bool = False
   lam: Weight | None = None
   project: Mapping | None = dataclasses.field(default=None, metadata=KERNELS)
+  race: Mapping | None = None
   switch: Mapping | None = dataclasses.field(default=None, metadata=KERNELS)
   trainable: Literal["all", "factors"] = dataclasses.field(
     default="all", metadata=FACTORS
@@ -109,6 +113,15 @@ METHODS: dict[str, Method] = {
   method.name: method
   for method in (
     Method("dense"),
+    # Ours, for a budget: a dense warm-up (discover), profiles proposed by
+    # several scores, a race between them, and the rest at the winner's ranks.
+    Method(
+      "race",
+      decompose="settle",
+      decomposer={"name": "fisher"},
+      race={},
+      budget="macs:0.5",
+    ),
     # Horvath et al., ICML 2024.
     Method(
       "maestro",

@@ -35,6 +35,7 @@ from maestro.training.config import (
 )
 from maestro.training.durations import Clock, Periods
 from maestro.training.evaluate import make_evaluate
+from maestro.training.judge import make_judge
 from maestro.training.results import Ledger
 from maestro.training.state import TrainState, new_state
 from maestro.training.step import make_dispatch, make_step
@@ -173,6 +174,7 @@ class Training:
     program: (phase, steps of discover, steps) -> compiled steps.
     evaluate: (variables, split) -> metrics.
     recalibrate: variables -> variables with batch statistics of their own.
+    judge: how many training examples -> (variables -> their loss).
   """
 
   mesh: Mesh
@@ -195,6 +197,7 @@ class Training:
   program: Callable[[str, int, int], Callable]
   evaluate: Callable[[Tree, data_lib.Split], dict[str, float]]
   recalibrate: Callable[[Tree], Tree]
+  judge: Callable[[int], Callable[..., float]]
 
 
 def check(c: Config) -> None:
@@ -238,6 +241,8 @@ def make_training(c: Config) -> Training:
       initial=lambda: random()[0],
       batches=functools.partial(_batches, dataset),
       key=streams.stream(c.seed, "factors"),
+      calibration=streams.stream(c.seed, "calibration"),
+      classifies=facts.num_classes is not None,
     ),
   )
 
@@ -289,6 +294,14 @@ def make_training(c: Config) -> Training:
     program=program,
     evaluate=make_evaluator(c, model, dataset, mesh),
     recalibrate=make_recalibrator(c, model, dataset, mesh),
+    judge=lambda examples: make_judge(
+      model,
+      loss=c.loss,
+      preprocess=dataset.preprocess,
+      split=dataset.train,
+      examples=examples,
+      seed=c.seed,
+    ),
   )
 
 

@@ -109,6 +109,7 @@ class Config:
     method: a name in `maestro.methods.METHODS`, such as "maestro" (the default)
       or "dense" for the same run without factors; or a mapping of that name and
       pieces of `Method` that replace its own.
+    budget: of the final network, such as "macs:0.25", in place of the method's.
     rules: sections of `maestro.Rule`: which layers are decomposed.
     seed: of all random numbers, see `maestro.training.streams`.
     loss: "cross_entropy" or "squared_error".
@@ -136,6 +137,7 @@ class Config:
   optimizer: Mapping
   batch_size: Count
   method: Method
+  budget: str | None = None
   rules: tuple[Rule, ...] = (Rule(),)
   seed: Annotated[int, Range("[0, 4294967296)")] = 0
   loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
@@ -165,6 +167,8 @@ def parse(config: Mapping[str, Any]) -> Config:
       f"config: a {type(config).__name__}, expected a mapping of sections"
     )
   method = parse_method(config.get("method", "maestro"))
+  if (budget := config.get("budget")) is not None:
+    method = dataclasses.replace(method, budget=budget)
   c = Config(**bind(Config, dict(config) | {"method": method}, "config"))
   clock_of(c, 1)  # whatever an epoch is, no training stays none
   if c.full_pass and c.full_pass.distill and c.loss != "cross_entropy":

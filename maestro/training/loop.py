@@ -26,7 +26,7 @@ from maestro.report import figures
 from maestro.report.tables import layer_table
 from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build, optim
+from maestro.training import build, optim, race
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
 from maestro.training.durations import every
@@ -107,7 +107,20 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         writer.write(0, 0, record | {"phase": int(not ledger.discover_steps)})
       while step < t.clock.total:
         name, end = ledger.phase(step), end_of_round(t, ledger, step)
-        if step == ledger.discover_steps:
+        if step == ledger.discover_steps and t.method.race is not None:
+          state = race.race(
+            t,
+            state,
+            arrays,
+            ledger,
+            writer=writer,
+            checkpoints=checkpoints,
+            stop_asked=stop_asked,
+          )
+          _save(checkpoints, state, ledger, started, t)
+          step = int(state.step)
+          end = end_of_round(t, ledger, step)
+        elif step == ledger.discover_steps:
           state = _enter_settle(t, state, ledger, c.truncate)
 
         # --- Steps, up to the next one after which something is due -----------

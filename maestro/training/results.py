@@ -37,6 +37,7 @@ class Ledger:
     ranks: {layer: rank} right after decomposition.
     stable_ranks: of the last epoch, if the method looks at them.
     sums: of training metrics, over the epoch's windows that were written.
+    race: what a race between profiles cost and found; {} without one.
   """
 
   discover_steps: int
@@ -49,6 +50,7 @@ class Ledger:
   ranks: dict[str, Any] = dataclasses.field(default_factory=dict)
   stable_ranks: dict[str, float] = dataclasses.field(default_factory=dict)
   sums: dict[str, float] = dataclasses.field(default_factory=dict)
+  race: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def load(cls, saved: Mapping[str, Any], clock: Clock) -> "Ledger":
@@ -193,7 +195,7 @@ def results_of(
       "programs": ledger.programs,
     },
     "alarms": ledger.alarms,
-  }
+  } | ({"race": ledger.race} if ledger.race else {})
 
 
 def write_spectra(workdir: pathlib.Path, name: str, state: TrainState) -> None:

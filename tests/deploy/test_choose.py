@@ -22,7 +22,7 @@ from maestro.deploy import choose as allocate
 from maestro.errors import UserError
 from maestro.models import MLP, ResNet18
 from maestro.report import pareto
-from maestro.training import build
+from maestro.training import build, losses
 from maestro.training.config import parse
 
 CONFIG = {
@@ -423,7 +423,7 @@ def test_losses_are_those_of_the_masked_network(run, dataset):
     x = dataset.train.inputs[np.asarray(chosen[:n])]
     y = dataset.train.targets[np.asarray(chosen[:n])]
     logits = run.model.apply({"params": run.params, "ranks": tree}, x)
-    expected = allocate.losses_lib.cross_entropy(logits, y).mean()
+    expected = losses.cross_entropy(logits, y).mean()
     assert value == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -454,7 +454,7 @@ def test_losses_use_the_statistics_of_the_batch(run):
       variables | {"params": cut}, x, train=True, mutable=["batch_stats"]
     )
   logits = model.apply({"params": cut} | dict(own), x, train=False)
-  expected = allocate.losses_lib.cross_entropy(logits, split.targets).mean()
+  expected = losses.cross_entropy(logits, split.targets).mean()
   assert loss(profile) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -620,7 +620,7 @@ def test_rows_hold_cost_and_validation_scores(run, dataset, tmp_path):
   x, y = dataset.val.inputs, dataset.val.targets
   logits = run.model.apply({"params": run.params, "ranks": tree}, x)
   assert rows[1]["loss"] == pytest.approx(
-    float(allocate.losses_lib.cross_entropy(logits, y).mean()), rel=1e-5
+    float(losses.cross_entropy(logits, y).mean()), rel=1e-5
   )
   record = {"run": "r", "checkpoint": "final", "rule": "energy", "rows": rows}
   pareto.draw(record, tmp_path / "pareto.png")

@@ -1,0 +1,169 @@
+"""A race between profiles for a budget: what it needs beside training.
+
+  warm     some steps of the dense network (discover)
+  score    both-sided moments on training images; the fisher order
+  propose  profiles within the budget, by several scores: `proposals`
+  race     all train for n steps on the same batches, each a prefix of the same
+           factors; neighbours of the best join; the best half trains for 2 n
+           more, the best half of these for 4 n; the best one goes on
+  settle   the rest of the run, at its ranks
+
+`maestro.training.race` trains. Judged by the loss on training images, after
+each heat, so that neither validation nor test images choose ranks.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from maestro import lowrank, schema
+from maestro.cost.budget import COSTS, Budget, BudgetError, Tables, cost_tables
+from maestro.lowrank import Rule
+from maestro.methods import fisher
+from maestro.methods.table import Method
+from maestro.schema import ConfigError
+from maestro.trees import Layers, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How long profiles race.
+
+  Attributes:
+    share: of the run's MACs that the score and the losers' steps may cost.
+    examples: training examples from which moments are taken.
+    judged: training examples on which candidates are judged.
+    neighbours: of the best candidate, that join after the first heat.
+    measured: whether losses of single layers' prefixes are measured for one
+      more proposal, as far as a fifth of `share` allows.
+  """
+
+  share: schema.Ratio = 0.1
+  examples: schema.Count = 512
+  judged: schema.Count = 2048
+  neighbours: schema.Natural = 2
+  measured: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Score:
+  """A network whose components are in fisher order.
+
+  Attributes:
+    params: with factors at full rank; the function is the dense one.
+    rest: the other variables, such as batch_stats.
+    tails: {order: parts lost}, as of `fisher.lost_energy`.
+  """
+
+  params: Tree
+  rest: Mapping[str, Tree]
+  tails: Mapping[str, Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Race:
+  """The race of a method in a run.
+
+  Attributes:
+    options: see `Options`.
+    tables: what ranks cost; the least is 1.
+    limits: {path: largest rank} of the layers that are factored.
+    layers: of the model.
+    budget: as written.
+    see: (params, batch_stats) -> what the layers see, with moments `both`.
+  """
+
+  options: Options
+  tables: Tables
+  limits: Mapping[str, int]
+  layers: Layers
+  budget: str
+  see: Callable[[Tree, Tree], Any]
+
+  @property
+  def limit(self) -> int:
+    """The most that the network may cost, in units of `tables`."""
+    return limit_of(self.tables, self.budget)
+
+  def score(self, params: Tree, batch_stats: Tree) -> Score:
+    """Orders a dense network's components, and says what prefixes lose."""
+    moments = self.see(params, batch_stats).both(self.options.examples)
+    rules = rules_of(self.limits)
+    return Score(
+      fisher.decompose(params, rules, self.layers, moments),
+      {"batch_stats": batch_stats} if batch_stats else {},
+      fisher.lost_energy(params, self.layers, moments),
+    )
+
+
+def rules_of(limits: Mapping[str, int]) -> list[Rule]:
+  """Rules that select these layers, at these ranks."""
+  return [Rule(re.escape(path), rank) for path, rank in limits.items()]
+
+
+def options_of(section: Mapping) -> Options:
+  return Options(**schema.bind(Options, section, "config.method.race"))
+
+
+def _budget(text: str | None) -> Budget:
+  if text is None:
+    raise ConfigError(
+      'config.method.budget: missing, as in "macs:0.5": it is what profiles'
+      " race for"
+    )
+  try:
+    budget = Budget.parse(text)
+  except BudgetError as error:
+    raise ConfigError(f"config.method.budget: {error}") from error
+  if budget.kind not in COSTS:
+    raise ConfigError(
+      f"config.method.budget: {text!r} is of another kind than {COSTS}, which"
+      " are known before training"
+    )
+  return budget
+
+
+def check(m: Method) -> None:
+  """Refuses a race without a budget, or at another time.
+
+  Raises:
+    ConfigError: names the key.
+  """
+  options_of(m.race or {})
+  _budget(m.budget)
+  if m.decompose != "settle":
+    raise ConfigError(
+      f"config.method.decompose: {m.decompose!r}, but profiles race at the"
+      ' start of settle; set it to "settle"'
+    )
+
+
+def tables_of(
+  layers: Layers,
+  initial: Callable[[], Tree],
+  limits: Mapping[str, int],
+  budget: str,
+) -> Tables:
+  """Tabulates what ranks of at least 1 cost, in the budget's kind.
+
+  Raises:
+    ConfigError: the budget is below what rank 1 in every layer costs.
+  """
+  params = jax.eval_shape(
+    lambda: lowrank.decompose(initial(), rules_of(limits), layers)
+  )
+  kind = _budget(budget).kind
+  tables = cost_tables(layers, params, {}, kind, least=1)
+  limit_of(tables, budget)
+  return tables
+
+
+def limit_of(tables: Tables, budget: str) -> int:
+  try:
+    return tables.limit(_budget(budget))
+  except BudgetError as error:
+    raise ConfigError(f"config.method.budget: {error}") from error

@@ -1,0 +1,373 @@
+"""Trains profiles side by side and keeps the best: see `maestro.methods.race`.
+
+All candidates are prefixes of the same factors and start from one state. In a
+heat they have one shape, the largest rank of any of them in each layer, and
+what is beyond their own ranks is zero and stays so: one compilation serves all.
+Their steps are steps of the run, on its batches and at its learning rates, so
+that the winner has made them already. A run that is stopped within a race
+begins it anew from the end of discover, to the same numbers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maestro import lowrank, trees
+from maestro.cost.allocation import loss_table
+from maestro.cost.budget import Ranks
+from maestro.cost.count import count_cost, layer_macs
+from maestro.errors import Interrupted
+from maestro.methods.proposals import Proposal, neighbours, propose, series
+from maestro.methods.race import Race, Score
+from maestro.parallel.mesh import replicate
+from maestro.runs.checkpoint import Checkpoints
+from maestro.runs.metrics import Writer
+from maestro.training import optim
+from maestro.training.build import Training
+from maestro.training.results import Ledger
+from maestro.training.rounds import TrainingError, run_round
+from maestro.training.state import (
+  TrainState,
+  form_of,
+  plain_ranks,
+  variables_of,
+)
+
+_GRID = 6  # ranks of a layer whose losses are measured, at most
+_LEAST = 128  # examples for it; on fewer it says too little
+
+
+@dataclasses.dataclass
+class Candidate:
+  """A profile in a race.
+
+  Attributes:
+    proposal: its name and ranks.
+    state: after its steps so far.
+    ledger: what these have counted.
+    losses: on training images, after each heat.
+  """
+
+  proposal: Proposal
+  state: TrainState
+  ledger: Ledger
+  losses: list[float] = dataclasses.field(default_factory=list)
+
+  @property
+  def score(self) -> tuple[float, str]:
+    """By which candidates are sorted."""
+    return self.losses[-1], self.proposal.name
+
+
+class _Quiet(Writer):
+  """Passes on progress, under a name; keeps no records of candidates."""
+
+  def __init__(self, writer: Writer, name: str):
+    self._writer, self._name = writer, name
+
+  def write(self, step, epoch, values):
+    del step, epoch, values
+
+  def progress(self, step, text="", *, examples_per_second=None):
+    text = f"race: {self._name} {text}"
+    self._writer.progress(step, text, examples_per_second=examples_per_second)
+
+
+def race(
+  t: Training,
+  state: TrainState,
+  arrays: Mapping[str, jax.Array],
+  ledger: Ledger,
+  *,
+  writer: Writer,
+  checkpoints: Checkpoints,
+  stop_asked: Callable[[], bool],
+) -> TrainState:
+  """Returns the state of the best profile, some steps into settle.
+
+  Args:
+    t: the run, of a method with a race.
+    state: dense, at the end of discover.
+    arrays: inputs and targets of the training split, on the devices.
+    ledger: gets what the score and all candidates cost.
+    writer: of the metrics.
+    checkpoints: to name the last good one.
+    stop_asked: true once the run is to stop.
+
+  Raises:
+    TrainingError: the loss of every candidate is not finite.
+    Interrupted: the run was asked to stop.
+  """
+  plan: Race = t.method.race
+  score = plan.score(state.params, state.batch_stats)
+  spent = 3 * plan.options.examples * t.dense.macs
+  judge = t.judge(plan.options.judged)
+  losses, measured = _measured(t, plan, score, judge)
+  spent += measured
+  ledger.race = {"score_macs": spent, "macs": 0, "heats": []}
+  proposals = propose(plan.tables, plan.limit, score.tails, losses)
+
+  def enter(proposals: list[Proposal], shape: Ranks) -> list[Candidate]:
+    made = []
+    for proposal in proposals:
+      own = dataclasses.replace(ledger, macs=0, examples=0, sums={})
+      own.train_seconds = 0.0
+      at = _candidate(t, state, score, proposal.ranks, shape, ledger)
+      made.append(Candidate(proposal, at, own))
+    return made
+
+  def train(candidate: Candidate, steps: int) -> bool:
+    """Trains a candidate; False if its loss is not finite."""
+    step = int(candidate.state.step)
+    end = min(step + steps, t.clock.total)
+    quiet = _Quiet(writer, candidate.proposal.name)
+    while step < end:
+      until = min(end, step - step % (n := t.clock.steps_per_epoch) + n)
+      try:
+        candidate.state, done = run_round(
+          t,
+          candidate.state,
+          arrays,
+          candidate.ledger,
+          until,
+          writer=quiet,
+          checkpoints=checkpoints,
+          stop_asked=stop_asked,
+        )
+      except TrainingError:
+        return False
+      step = done.step
+      if stop_asked():
+        raise Interrupted(
+          f"stopped within the race after step {int(state.step)}; it begins"
+          " anew from the newest checkpoint"
+        )
+    return True
+
+  def heat(candidates: list[Candidate], steps: int) -> list[Candidate]:
+    """Trains and judges all; returns those that are finite, the best first."""
+    alive = []
+    for candidate in candidates:
+      if not train(candidate, steps):
+        writer.message(f"race: {candidate.proposal.name} has diverged")
+        continue
+      ledger.compiles(f"judge, {form_of(candidate.state.params)}")
+      candidate.losses.append(judge(variables_of(candidate.state)))
+      stored = count_cost(t.layers, candidate.state.params).macs
+      ledger.race["score_macs"] += plan.options.judged * stored
+      if math.isfinite(candidate.losses[-1]):
+        alive.append(candidate)
+    if not alive:
+      raise TrainingError(
+        "every profile of the race has diverged; lower the learning rate"
+        " (config.settle.schedule.learning_rate), in a new workdir"
+      )
+    alive.sort(key=lambda c: c.score)
+    _tell(writer, ledger, alive, steps)
+    return alive
+
+  if len(proposals) == 1:
+    writer.message(
+      f"race: all scores propose {_text(proposals[0].ranks)}; none is needed"
+    )
+    (only,) = enter(proposals, proposals[0].ranks)
+    return _won(t, only, [], ledger)
+  shape = _union(proposals)
+  n = _steps(t, plan, proposals, shape)
+  race = heat(enter(proposals, shape), n)
+  near = neighbours(
+    plan.tables,
+    plan.limit,
+    series(score.tails["fisher"]),
+    race[0].proposal.ranks,
+    top=shape,
+    most=plan.options.neighbours,
+  )
+  known = [proposal.ranks for proposal in proposals]
+  near = [proposal for proposal in near if proposal.ranks not in known]
+  if near:
+    race = sorted(race + heat(enter(near, shape), n), key=lambda c: c.score)
+  losers: list[Candidate] = []
+  for factor in (2, 4):
+    half = -(-len(race) // 2)
+    race, lost = race[:half], race[half:]
+    losers += lost
+    if len(race) > 1:
+      _cut_together(t, race, ledger)
+      race = heat(race, factor * n)
+  return _won(t, race[0], losers + race[1:], ledger)
+
+
+# ---------------------------------------------------------------------------
+# Candidates
+# ---------------------------------------------------------------------------
+
+
+def _text(ranks: Ranks) -> str:
+  return ", ".join(f"{path} {rank}" for path, rank in ranks.items())
+
+
+def _union(proposals: list[Proposal]) -> Ranks:
+  """The largest rank of any proposal, layer by layer."""
+  paths = proposals[0].ranks
+  return {p: max(other.ranks[p] for other in proposals) for p in paths}
+
+
+def _rank_tree(t: Training, ranks: Ranks) -> dict:
+  return trees.unflatten_ranks(
+    {
+      path: jnp.full(t.layers[path].lead, rank, jnp.int32)
+      for path, rank in ranks.items()
+    }
+  )
+
+
+def _candidate(
+  t: Training,
+  state: TrainState,
+  score: Score,
+  ranks: Ranks,
+  shape: Ranks,
+  ledger: Ledger,
+) -> TrainState:
+  """A state at a profile, in the shapes of another one that holds it."""
+  _, tx = t.optimizer(ledger.discover_steps)
+  tree = _rank_tree(t, ranks)
+  params = lowrank.mask(
+    lowrank.truncate(score.params, jax.device_get(_rank_tree(t, shape))), tree
+  )
+  made = state.replace(
+    params=params,
+    ranks=tree,
+    opt_state=optim.restart(tx, params, state.step),
+  )
+  # Steps donate their state: what candidates share is copied.
+  return replicate(jax.tree.map(jnp.copy, made), t.mesh)
+
+
+def _cut_together(
+  t: Training, candidates: list[Candidate], ledger: Ledger
+) -> None:
+  """Cuts those that are left to the ranks that they need together."""
+  _, tx = t.optimizer(ledger.discover_steps)
+  union = _union([c.proposal for c in candidates])
+  shape = jax.device_get(_rank_tree(t, union))
+  for c in candidates:
+    c.state = replicate(_cut(tx, c.state, shape), t.mesh)
+
+
+def _cut(tx: Any, state: TrainState, shape: Any) -> TrainState:
+  return state.replace(
+    params=lowrank.truncate(state.params, shape),
+    opt_state=optim.truncate(tx, state.opt_state, state.params, shape),
+  )
+
+
+def _won(
+  t: Training, winner: Candidate, losers: list[Candidate], ledger: Ledger
+) -> TrainState:
+  """Returns the winner's state, cut to its ranks; the run counts its steps."""
+  own = winner.ledger
+  ledger.race["macs"] = sum(c.ledger.macs for c in losers)
+  ledger.macs += own.macs + ledger.race["macs"] + ledger.race["score_macs"]
+  ledger.examples += own.examples
+  ledger.train_seconds += own.train_seconds
+  ledger.sums = own.sums
+  _, tx = t.optimizer(ledger.discover_steps)
+  state = _cut(tx, winner.state, jax.device_get(winner.state.ranks))
+  ledger.ranks = plain_ranks(state.ranks)
+  return replicate(state, t.mesh)
+
+
+# ---------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------
+
+
+def _macs(t: Training, ranks: Ranks) -> int:
+  """MACs of a forward pass with factors at these ranks, none merged."""
+  return t.dense.macs + sum(
+    layer_macs(t.layers[path], rank) - layer_macs(t.layers[path], None)
+    for path, rank in ranks.items()
+  )
+
+
+def _whole(t: Training, ranks: Ranks) -> int:
+  """MACs of a run that settles at these ranks, an example a step."""
+  settle = t.clock.total - t.clock.discover
+  macs = t.clock.discover * t.dense.macs + settle * _macs(t, ranks)
+  return t.macs_per_example * macs
+
+
+def _steps(
+  t: Training, plan: Race, proposals: list[Proposal], shape: Ranks
+) -> int:
+  """Steps of the first heat, such that the race costs its share of the run.
+
+  Of the field, all train n steps, half of them 2 n more, half of these 4 n; the
+  winner's 7 n are no loss. That later heats have smaller shapes is not counted
+  on.
+  """
+  field = len(proposals) + plan.options.neighbours
+  half = -(-field // 2)
+  lost = field + 2 * half + 4 * -(-half // 2) - 7
+  share = plan.options.share * _whole(t, proposals[0].ranks)
+  n = share / (max(lost, 1) * t.macs_per_example * _macs(t, shape))
+  return max(1, min(int(n), (t.clock.total - t.clock.discover) // 14))
+
+
+def _measured(
+  t: Training, plan: Race, score: Score, judge: Callable
+) -> tuple[dict[str, np.ndarray] | None, int]:
+  """Losses of single layers' prefixes, and the MACs that they took.
+
+  On as many examples as a fifth of the race's share allows; None on too few.
+  """
+  tables = plan.tables
+  passes = sum(min(_GRID, len(c) - 1) for c in tables.candidates.values()) + 1
+  smallest = {path: int(c[0]) for path, c in tables.candidates.items()}
+  allowed = 0.2 * plan.options.share * _whole(t, smallest) * t.clock.batch_size
+  n = min(int(allowed / (passes * t.dense.macs)), plan.options.judged)
+  if not plan.options.measured or n < _LEAST:
+    return None, 0
+
+  @jax.jit
+  def merge(params, ranks):
+    return lowrank.merge(lowrank.mask(params, ranks), t.layers)
+
+  def loss(ranks: Ranks) -> float:
+    merged = merge(score.params, _rank_tree(t, ranks))
+    return judge({**score.rest, "params": merged}, n)
+
+  found = loss_table(tables, tables.whole, loss, _GRID)
+  return found, passes * n * t.dense.macs
+
+
+def _tell(
+  writer: Writer, ledger: Ledger, race: list[Candidate], steps: int
+) -> None:
+  """Writes down a heat: who is how good, the best first."""
+  ledger.race["heats"].append(
+    {
+      "steps": steps,
+      "candidates": [
+        {
+          "name": c.proposal.name,
+          "ranks": c.proposal.ranks,
+          "loss": c.losses[-1],
+        }
+        for c in race
+      ],
+    }
+  )
+  best = race[0]
+  writer.message(
+    f"race: {len(race)} profiles, {steps} more steps each; the best is"
+    f" {best.proposal.name} ({_text(best.proposal.ranks)}), training loss"
+    f" {best.losses[-1]:.4f}; the last one's is {race[-1].losses[-1]:.4f}"
+  )
