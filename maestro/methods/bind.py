@@ -117,6 +117,7 @@ class Subject:
     model: the Flax module.
     layers: of the model.
     dense: cost of the dense network.
+    shapes: its parameters' abstract values.
     initial: returns the random dense parameters of the run's seed.
     batches: (how many examples) -> batches of preprocessed training examples.
     key: of random factors.
@@ -127,6 +128,7 @@ class Subject:
   model: Any
   layers: Layers
   dense: Cost
+  shapes: Tree
   initial: Callable[[], Tree]
   batches: Callable[[int], Iterable[jax.Array]]
   key: jax.Array
@@ -287,7 +289,7 @@ def _race(m: Method, settings: Settings, s: Subject) -> race.Race:
 
   return race.Race(
     options=race.options_of(m.race or {}),
-    tables=race.tables_of(s.layers, s.initial, limits, m.budget or ""),
+    tables=race.tables_of(s.layers, s.shapes, limits, m.budget or ""),
     limits=limits,
     layers=s.layers,
     budget=m.budget or "",

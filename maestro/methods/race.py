@@ -34,12 +34,13 @@ class Options:
   """How long profiles race.
 
   Attributes:
-    share: of the run's MACs that the score and the losers' steps may cost.
-    examples: training examples from which moments are taken.
-    judged: training examples on which candidates are judged.
+    share: of the run's MACs that the losers' steps may cost. Moments, measured
+      losses and judging may each cost a fifth of that more.
+    examples: training examples, at most, from which moments are taken.
+    judged: training examples, at most, on which candidates are judged.
     neighbours: of the best candidate, that join after the first heat.
     measured: whether losses of single layers' prefixes are measured for one
-      more proposal, as far as a fifth of `share` allows.
+      more proposal.
   """
 
   share: schema.Ratio = 0.1
@@ -89,9 +90,9 @@ class Race:
     """The most that the network may cost, in units of `tables`."""
     return limit_of(self.tables, self.budget)
 
-  def score(self, params: Tree, batch_stats: Tree) -> Score:
+  def score(self, params: Tree, batch_stats: Tree, examples: int) -> Score:
     """Orders a dense network's components, and says what prefixes lose."""
-    moments = self.see(params, batch_stats).both(self.options.examples)
+    moments = self.see(params, batch_stats).both(examples)
     rules = rules_of(self.limits)
     return Score(
       fisher.decompose(params, rules, self.layers, moments),
@@ -144,7 +145,7 @@ def check(m: Method) -> None:
 
 def tables_of(
   layers: Layers,
-  initial: Callable[[], Tree],
+  shapes: Tree,
   limits: Mapping[str, int],
   budget: str,
 ) -> Tables:
@@ -154,7 +155,7 @@ def tables_of(
     ConfigError: the budget is below what rank 1 in every layer costs.
   """
   params = jax.eval_shape(
-    lambda: lowrank.decompose(initial(), rules_of(limits), layers)
+    lambda params: lowrank.decompose(params, rules_of(limits), layers), shapes
   )
   kind = _budget(budget).kind
   tables = cost_tables(layers, params, {}, kind, least=1)

@@ -238,6 +238,7 @@ def make_training(c: Config) -> Training:
       model=model,
       layers=layers,
       dense=dense,
+      shapes=shapes["params"],
       initial=lambda: random()[0],
       batches=functools.partial(_batches, dataset),
       key=streams.stream(c.seed, "factors"),

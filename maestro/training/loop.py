@@ -117,7 +117,8 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
             checkpoints=checkpoints,
             stop_asked=stop_asked,
           )
-          _save(checkpoints, state, ledger, started, t)
+          if int(state.step) > step:  # so that no kill repeats it
+            _save(checkpoints, state, ledger, started, t)
           step = int(state.step)
           end = end_of_round(t, ledger, step)
         elif step == ledger.discover_steps:

@@ -39,7 +39,7 @@ from maestro.training.state import (
 )
 
 _GRID = 6  # ranks of a layer whose losses are measured, at most
-_LEAST = 128  # examples for it; on fewer it says too little
+_LEAST = 128  # examples that say anything
 
 
 @dataclasses.dataclass
@@ -104,13 +104,17 @@ def race(
     Interrupted: the run was asked to stop.
   """
   plan: Race = t.method.race
-  score = plan.score(state.params, state.batch_stats)
-  spent = 3 * plan.options.examples * t.dense.macs
+  examples = _examples(t, plan, 3 * t.dense.macs, plan.options.examples)
+  score = plan.score(state.params, state.batch_stats, examples)
   judge = t.judge(plan.options.judged)
   losses, measured = _measured(t, plan, score, judge)
-  spent += measured
+  spent = 3 * examples * t.dense.macs + measured
   ledger.race = {"score_macs": spent, "macs": 0, "heats": []}
   proposals = propose(plan.tables, plan.limit, score.tails, losses)
+  shape = _union(proposals)
+  # In three heats, and of neighbours, each candidate twice or so.
+  field = 2 * (len(proposals) + plan.options.neighbours)
+  judged = _examples(t, plan, field * _macs(t, shape), plan.options.judged)
 
   def enter(proposals: list[Proposal], shape: Ranks) -> list[Candidate]:
     made = []
@@ -157,9 +161,9 @@ def race(
         writer.message(f"race: {candidate.proposal.name} has diverged")
         continue
       ledger.compiles(f"judge, {form_of(candidate.state.params)}")
-      candidate.losses.append(judge(variables_of(candidate.state)))
+      candidate.losses.append(judge(variables_of(candidate.state), judged))
       stored = count_cost(t.layers, candidate.state.params).macs
-      ledger.race["score_macs"] += plan.options.judged * stored
+      ledger.race["score_macs"] += judged * stored
       if math.isfinite(candidate.losses[-1]):
         alive.append(candidate)
     if not alive:
@@ -177,7 +181,6 @@ def race(
     )
     (only,) = enter(proposals, proposals[0].ranks)
     return _won(t, only, [], ledger)
-  shape = _union(proposals)
   n = _steps(t, plan, proposals, shape)
   race = heat(enter(proposals, shape), n)
   near = neighbours(
@@ -321,6 +324,13 @@ def _steps(
   return max(1, min(int(n), (t.clock.total - t.clock.discover) // 14))
 
 
+def _examples(t: Training, plan: Race, macs: int, most: int) -> int:
+  """Examples, at `macs` each, that a fifth of the race's share allows."""
+  smallest = {path: int(c[0]) for path, c in plan.tables.candidates.items()}
+  allowed = 0.2 * plan.options.share * _whole(t, smallest) * t.clock.batch_size
+  return max(min(int(allowed / macs), most), min(_LEAST, most))
+
+
 def _measured(
   t: Training, plan: Race, score: Score, judge: Callable
 ) -> tuple[dict[str, np.ndarray] | None, int]:
@@ -330,10 +340,8 @@ def _measured(
   """
   tables = plan.tables
   passes = sum(min(_GRID, len(c) - 1) for c in tables.candidates.values()) + 1
-  smallest = {path: int(c[0]) for path, c in tables.candidates.items()}
-  allowed = 0.2 * plan.options.share * _whole(t, smallest) * t.clock.batch_size
-  n = min(int(allowed / (passes * t.dense.macs)), plan.options.judged)
-  if not plan.options.measured or n < _LEAST:
+  n = _examples(t, plan, passes * t.dense.macs, plan.options.judged)
+  if not plan.options.measured or n <= _LEAST:
     return None, 0
 
   @jax.jit

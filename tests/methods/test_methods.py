@@ -87,7 +87,15 @@ def bound(c, params):
     c.method,
     build.settings(c),
     binding.Subject(
-      model, layers, size, lambda: params, lambda n: (), jax.random.key(2)
+      model=model,
+      layers=layers,
+      dense=size,
+      shapes=params,
+      initial=lambda: params,
+      batches=lambda n: (),
+      key=jax.random.key(2),
+      calibration=jax.random.key(3),
+      classifies=True,
     ),
   )
 
@@ -530,7 +538,9 @@ def bars(data_dir=None, val_examples=64):
 HALF = {"name": "data_svd", "ranks": {"name": "fraction", "fraction": 0.5}}
 
 
-@pytest.mark.parametrize("method", ["cuttlefish", HALF, "dylora"], ids=str)
+@pytest.mark.parametrize(
+  "method", ["cuttlefish", HALF, "dylora", "race"], ids=str
+)
 def test_methods_hold_for_convolutions_with_batch_norm(
   method, tmp_path, monkeypatch
 ):
@@ -885,7 +895,8 @@ def leaves_of(workdir):
 
 
 @pytest.mark.parametrize(
-  "name", ["cuttlefish", "data_svd", "dylora", "prox", "pufferfish", "trp"]
+  "name",
+  ["cuttlefish", "data_svd", "dylora", "prox", "pufferfish", "race", "trp"],
 )
 def test_a_killed_run_of_a_method_resumes_bit_identically(
   name, tmp_path, monkeypatch
