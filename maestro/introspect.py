@@ -5,22 +5,19 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from flax.errors import FlaxError
 
-from maestro import ops, trees
+from maestro import trees
 from maestro.nn import (
   general_axes,
-  pad_input,
   path_of,
-  per_axis,
   recording,
   window_of,
 )
@@ -78,7 +75,7 @@ def at_most(most: float) -> Iterator[None]:
     yield
 
 
-def _spec(module: nn.Module, x: jax.Array) -> LayerSpec | None:
+def spec_of(module: nn.Module, x: jax.Array) -> LayerSpec | None:
   """Describes the kernel of a layer, from its attributes and its input."""
   if isinstance(module, nn.Conv):
     g = module.feature_group_count
@@ -155,7 +152,7 @@ def _uses(model: nn.Module, variables: Any, inputs: Any) -> dict[str, _Use]:
     given: list[Any] = [*args, *kwargs.values(), None]
     x = given[0]
     layer = context.method_name in ("__call__", "attend")
-    spec = _spec(module, x) if layer and hasattr(x, "ndim") else None
+    spec = spec_of(module, x) if layer and hasattr(x, "ndim") else None
     use = uses.setdefault(path, _Use(spec))
     if spec is not None:
       use.spec = use.spec or spec
@@ -176,7 +173,7 @@ def _uses(model: nn.Module, variables: Any, inputs: Any) -> dict[str, _Use]:
     for i, x in zip(traced, arrays, strict=True):
       whole[i] = x
     args, kwargs = jax.tree.unflatten(treedef, whole)
-    with nn.intercept_methods(_outermost(record)):
+    with nn.intercept_methods(outermost(record)):
       return model.apply(
         variables,
         *args,
@@ -292,7 +289,7 @@ def _stacked(path: str, spec: LayerSpec, params: Any) -> LayerSpec | None:
   return dataclasses.replace(spec, stack=stack)
 
 
-def _outermost(interceptor):
+def outermost(interceptor):
   """Hides calls of a module's own method from within that same method."""
   active: list[tuple[int, str]] = []
 
@@ -307,171 +304,6 @@ def _outermost(interceptor):
       active.pop()
 
   return intercept
-
-
-def _rows(module: nn.Module, x: jax.Array) -> jax.Array | None:
-  """Lays out what a layer's kernel multiplies: [*groups, N, n_in], by copying.
-
-  An embedding's are the indices that it looks up, [N]. None for other modules.
-  """
-  if isinstance(module, nn.Conv):
-    return _patches(module, x)
-  if isinstance(module, nn.Embed):
-    return x.reshape(-1)
-  if isinstance(module, nn.DenseGeneral):
-    axis, batch = general_axes(module, x.ndim)
-    rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
-    groups = tuple(x.shape[a] for a in batch)
-    n_in = math.prod(x.shape[a] for a in axis)
-    x = jnp.transpose(x, (*batch, *rest, *axis))
-    return x.reshape((*groups, -1, n_in))
-  if isinstance(module, nn.Dense):
-    return x.reshape((-1, x.shape[-1]))
-  return None
-
-
-def _patches(module: nn.Conv, x: jax.Array) -> jax.Array:
-  """Unrolls a convolution's input: [(G,) N, window * in / G]."""
-  window = window_of(module)
-  n = len(window)
-  dilation = per_axis(module.kernel_dilation, n)
-  x = x.reshape((-1, *x.shape[x.ndim - n - 1 :]))
-  x, padding = pad_input(x, module.padding, window, dilation)
-  y = ops.unroll(
-    x,
-    window,
-    per_axis(module.strides, n),
-    padding,
-    per_axis(module.input_dilation, n),
-    dilation,
-  )
-  g, size, n_in = module.feature_group_count, math.prod(window), x.shape[-1]
-  if g == 1:
-    return y.reshape((-1, size * n_in))
-  y = y.reshape((-1, size, g, n_in // g))
-  return jnp.moveaxis(y, 2, 0).reshape((g, -1, size * (n_in // g)))
-
-
-def capture_inputs(
-  model: nn.Module, variables: Any, *inputs: Any, **kwargs: Any
-) -> dict[str, tuple[jax.Array, ...]]:
-  """Runs a model and returns the rows that each layer's kernel multiplies.
-
-    {path: ([*groups, N, n_in], ...)}, one array for each call of the layer
-
-  A convolution's input is unrolled in the order of its kernel, (*window, in);
-  an embedding's is the indices it looks up, int [N]; its use as logits
-  (`attend`) is not captured. A layer under `nn.scan` appears only if the scan
-  has variable_axes={"params": 0, "captured": 0}; its array then leads with the
-  scan's axis. Can be traced.
-
-  Args:
-    model: a Flax Linen module.
-    variables: of the model; layers may be dense or factored.
-    *inputs: of the model.
-    **kwargs: passed on to the model, e.g. train=False.
-  """
-  paths: set[str] = set()
-
-  # Sown, not kept aside: so a value leaves `remat` and `scan` as they allow.
-  def record(next_call, args, kwargs, context):
-    given = (*args, *kwargs.values())
-    if context.method_name == "__call__" and given:
-      rows = _rows(context.module, given[0])
-      if rows is not None and context.module.sow("captured", "inputs", rows):
-        paths.add(path_of(context.module))
-    return next_call(*args, **kwargs)
-
-  with nn.intercept_methods(_outermost(record)):
-    _, state = model.apply(variables, *inputs, mutable=["captured"], **kwargs)
-  found = dict(state).get("captured", {})
-  return {path: trees.get(found, path)["inputs"] for path in sorted(paths)}
-
-
-def apply_tapped(
-  model: nn.Module,
-  variables: Any,
-  taps: Any,
-  statistic: Callable[[str, jax.Array, jax.Array], Any],
-  *inputs: Any,
-  **kwargs: Any,
-) -> Any:
-  """Runs a model such that gradients with respect to taps are statistics.
-
-    d loss / d taps[path] = sum over calls of statistic(path, x, g)
-
-  x [*groups, N, n_in] are the rows that the layer's kernel multiplies, as of
-  `capture_inputs`, and g [*groups, N, n_out] the loss's gradient with respect
-  to the layer's outputs. The outputs, and all other gradients, are those of
-  `model.apply`. A layer under `nn.scan` needs variable_axes={"params": 0,
-  "captured": 0}; its taps lead with the scan's axis.
-
-  Args:
-    model: a Flax Linen module.
-    variables: of the model; layers may be dense or factored.
-    taps: {path: tree of zeros}, of what `statistic` returns.
-    statistic: see above; traced.
-    *inputs: of the model.
-    **kwargs: passed on to the model, e.g. train=False.
-  """
-
-  def tap(module: nn.Module, path: str, x: jax.Array, y: jax.Array, zero: Any):
-    @jax.custom_vjp
-    def identity(x, y, zero):
-      del x, zero
-      return y
-
-    def forward(x, y, zero):
-      del zero
-      return y, x
-
-    def backward(x, g):
-      rows = _rows(module, x)
-      if jnp.issubdtype(x.dtype, jnp.inexact):
-        none = jnp.zeros_like(x)
-      else:
-        none = np.zeros(x.shape, jax.dtypes.float0)
-      return none, g, statistic(path, rows, _output_rows(module, x, g))
-
-    identity.defvjp(forward, backward)
-    return identity(x, y, zero)
-
-  def intercept(next_call, args, kwargs, context):
-    y = next_call(*args, **kwargs)
-    given, module = (*args, *kwargs.values()), context.module
-    if context.method_name == "__call__" and given:
-      zero = module.get_variable("captured", "tap")
-      if zero is not None and _spec(module, given[0]) is not None:
-        return tap(module, path_of(module), given[0], y, zero)
-    return y
-
-  tree: dict = {}
-  for path, zero in taps.items():
-    node = tree
-    for name in path.split("/") if path else ():
-      node = node.setdefault(name, {})
-    node["tap"] = zero
-  with nn.intercept_methods(_outermost(intercept)):
-    return model.apply({**variables, "captured": tree}, *inputs, **kwargs)
-
-
-def _output_rows(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
-  """Lays out a layer's outputs as `_rows` does its inputs: [*groups, N, out].
-
-  Args:
-    module: the layer.
-    x: its input.
-    y: of the shape of its output.
-  """
-  if isinstance(module, nn.Conv) and module.feature_group_count > 1:
-    g = module.feature_group_count
-    return jnp.moveaxis(y.reshape((-1, g, y.shape[-1] // g)), 1, 0)
-  if isinstance(module, nn.DenseGeneral):
-    axis, batch = general_axes(module, x.ndim)
-    groups = tuple(x.shape[a] for a in batch)
-    n_out = math.prod(y.shape[x.ndim - len(axis) :])
-    return y.reshape((*groups, -1, n_out))
-  return y.reshape((-1, y.shape[-1]))
 
 
 def check_ranks(

@@ -72,6 +72,19 @@ def fixed(key: jax.Array, ranks: Ranks, *, fraction: float) -> Ranks:
   return jax.tree.map(lambda r: r // q * p + (r % q * p + q - 1) // q, ranks)
 
 
+def level(key: jax.Array, shares: jax.Array) -> jax.Array:
+  """Draws a level of a chain of profiles, i with probability shares[i].
+
+  Args:
+    key: JAX key.
+    shares: [L], with sum 1.
+  """
+  ends = jnp.cumsum(shares)
+  draw = jax.random.uniform(key) * ends[-1]
+  i = jnp.searchsorted(ends, draw, side="right")
+  return jnp.minimum(i, len(ends) - 1).astype(jnp.int32)
+
+
 SAMPLERS = {
   "full": full,
   "one_layer": one_layer,

@@ -60,6 +60,7 @@ def _refused(path, names):
     path,
     "maestro/nn.py",
     "maestro/introspect.py",
+    "maestro/taps.py",
     "maestro/models",
     "maestro/adapt.py",
   ):
@@ -96,6 +97,7 @@ ROOMS = (
     "nn",
     "products",
     "introspect",
+    "taps",
     "models",
     "data",
     "cost",

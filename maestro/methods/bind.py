@@ -21,7 +21,7 @@ from maestro.cost.budget import fit_budget, parse_budget
 from maestro.cost.count import Cost
 from maestro.introspect import mode
 from maestro.lowrank import Rule
-from maestro.methods import calibrate, fisher, freeze, prox, race
+from maestro.methods import calibrate, fisher, freeze, nested, prox, race
 from maestro.methods.decomposers import DECOMPOSERS, SUPPLIED
 from maestro.methods.penalties import PENALTIES, SHRINKERS
 from maestro.methods.project import project, spectra
@@ -66,6 +66,7 @@ class Bound:
       they end discover.
     race: how profiles are proposed and raced at the start of settle; None if
       ranks are chosen by a rule.
+    nested: the chain of levels that settle trains; None if there is one size.
   """
 
   decompose_at: str | None
@@ -86,6 +87,7 @@ class Bound:
   stable_ranks: Callable[[Tree], dict[str, float]] | None
   switches: Callable[[Mapping, Mapping], bool]
   race: race.Race | None
+  nested: nested.Nested | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +216,9 @@ def check(m: Method, settings: Settings) -> None:
   for key, table in (("shrink", SHRINKERS), ("penalty", PENALTIES)):
     if getattr(m, key) is not None:
       schema.check_name(getattr(m, key), table, f"config.method.{key}")
-  if m.race is not None:
+  if m.nested is not None:
+    nested.check(m)
+  elif m.race is not None:
     race.check(m)
   elif m.budget is not None:
     parse_budget(m.budget)
@@ -254,6 +258,7 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
   if m.shrink is not None:
     shrink = _shrinker(m.shrink, settings.threshold)
   ranks = _Ranks(m, settings.rules if m.decompose else (), subject)
+  plan, chain = _plans(m, settings, subject)
   return Bound(
     decompose_at=m.decompose,
     decompose=functools.partial(_decompose, m, ranks, subject),
@@ -272,29 +277,47 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
     project_lams=step_lams,
     stable_ranks=None if m.switch is None else ranks.stable_ranks,
     switches=_switch(m),
-    race=None if m.race is None else _race(m, settings, subject),
+    race=plan,
+    nested=chain,
   )
 
 
-def _race(m: Method, settings: Settings, s: Subject) -> race.Race:
-  """Binds the race of profiles for the method's budget."""
+def _plans(
+  m: Method, settings: Settings, s: Subject
+) -> tuple[race.Race | None, nested.Nested | None]:
+  """Binds a race for the method's budget, or its chain of levels.
+
+  Raises:
+    ConfigError: no layer is factored, or a budget cannot be met.
+  """
+  if m.race is None and m.nested is None:
+    return None, None
   limits = selected(settings.rules, s)
   if not limits:
     raise ConfigError(
-      "config.rules: no layer is factored, so there are no ranks to race for"
+      "config.rules: no layer is factored, so there are no ranks to choose"
     )
 
   def see(params: Tree, batch_stats: Tree) -> Seen:
     return Seen(s, list(limits), params, batch_stats)
 
-  return race.Race(
-    options=race.options_of(m.race or {}),
-    tables=race.tables_of(s.layers, s.shapes, limits, m.budget or ""),
-    limits=limits,
-    layers=s.layers,
-    budget=m.budget or "",
-    see=see,
+  tables = functools.partial(race.tables_of, s.layers, s.shapes, limits)
+  if m.nested is not None:
+    options = nested.options_of(m.nested)
+    chain = nested.Nested(options, tables(options.kind), limits, s.layers, see)
+    nested.limits_of(chain)  # one that cannot be met shows now
+    return None, chain
+  budget = race.parse(m.budget)
+  plan = race.Race(
+    race.options_of(m.race or {}),
+    tables(budget.kind),
+    limits,
+    s.layers,
+    str(m.budget),
+    see,
   )
+  race.limit_of(plan.tables, budget)
+  return plan, None
 
 
 def selected(rules: Sequence[Rule], s: Subject) -> dict[str, int]:

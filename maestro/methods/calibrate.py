@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import introspect, lowrank, trees
+from maestro import lowrank, taps, trees
 from maestro.errors import UserError
 from maestro.lowrank import Rule
 from maestro.svd import fresh
@@ -87,7 +87,7 @@ def second_moments(
   """
 
   def sums(variables, inputs):
-    rows = introspect.capture_inputs(model, variables, *inputs, **kwargs)
+    rows = taps.capture_inputs(model, variables, *inputs, **kwargs)
     if missing := sorted(set(layers) - set(rows)):
       raise CalibrationError(
         f"layers {missing}: no inputs were seen; under nn.scan, list"

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import introspect, lowrank, trees
+from maestro import lowrank, trees
+from maestro import taps as taps_lib
 from maestro.lowrank import Rule
 from maestro.methods.calibrate import CalibrationError
 from maestro.svd import fresh
@@ -108,7 +109,7 @@ def moments(
     }
 
   def objective(taps, variables, inputs, key):
-    y = introspect.apply_tapped(
+    y = taps_lib.apply_tapped(
       model, variables, taps, statistic, *inputs, **kwargs
     )
     z = jax.random.normal(key, y.shape, jnp.float32)
@@ -282,7 +283,7 @@ def decompose(
       continue
     spec, node = layers[path], trees.get(params, path)
     kernel = node.get(spec.weight) if isinstance(node, Mapping) else None
-    if trees.is_factored(node) or jnp.shape(kernel) != spec.kernel_shape:
+    if kernel is None or jnp.shape(kernel) != spec.kernel_shape:
       raise CalibrationError(
         f"layer {path!r}: expected a dense {spec.weight!r} of shape"
         f" {spec.kernel_shape} to decompose"

@@ -88,7 +88,7 @@ class Race:
   @property
   def limit(self) -> int:
     """The most that the network may cost, in units of `tables`."""
-    return limit_of(self.tables, self.budget)
+    return limit_of(self.tables, parse(self.budget))
 
   def score(self, params: Tree, batch_stats: Tree, examples: int) -> Score:
     """Orders a dense network's components, and says what prefixes lose."""
@@ -110,7 +110,8 @@ def options_of(section: Mapping) -> Options:
   return Options(**schema.bind(Options, section, "config.method.race"))
 
 
-def _budget(text: str | None) -> Budget:
+def parse(text: str | None) -> Budget:
+  """Reads a budget whose costs are known before training."""
   if text is None:
     raise ConfigError(
       'config.method.budget: missing, as in "macs:0.5": it is what profiles'
@@ -135,7 +136,7 @@ def check(m: Method) -> None:
     ConfigError: names the key.
   """
   options_of(m.race or {})
-  _budget(m.budget)
+  parse(m.budget)
   if m.decompose != "settle":
     raise ConfigError(
       f"config.method.decompose: {m.decompose!r}, but profiles race at the"
@@ -144,27 +145,31 @@ def check(m: Method) -> None:
 
 
 def tables_of(
-  layers: Layers,
-  shapes: Tree,
-  limits: Mapping[str, int],
-  budget: str,
+  layers: Layers, shapes: Tree, limits: Mapping[str, int], kind: str
 ) -> Tables:
-  """Tabulates what ranks of at least 1 cost, in the budget's kind.
+  """Tabulates what ranks of at least 1 cost.
 
-  Raises:
-    ConfigError: the budget is below what rank 1 in every layer costs.
+  Args:
+    layers: of the model.
+    shapes: its dense parameters, abstract.
+    limits: {path: largest rank} of the layers that are factored.
+    kind: of cost.
   """
   params = jax.eval_shape(
     lambda params: lowrank.decompose(params, rules_of(limits), layers), shapes
   )
-  kind = _budget(budget).kind
-  tables = cost_tables(layers, params, {}, kind, least=1)
-  limit_of(tables, budget)
-  return tables
+  return cost_tables(layers, params, {}, kind, least=1)
 
 
-def limit_of(tables: Tables, budget: str) -> int:
+def limit_of(
+  tables: Tables, budget: Budget, where: str = "config.method.budget"
+) -> int:
+  """The budget in units of the tables.
+
+  Raises:
+    ConfigError: it is below what rank 1 in every layer costs.
+  """
   try:
-    return tables.limit(_budget(budget))
+    return tables.limit(budget)
   except BudgetError as error:
-    raise ConfigError(f"config.method.budget: {error}") from error
+    raise ConfigError(f"{where}: {error}") from error

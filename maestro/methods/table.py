@@ -54,6 +54,9 @@ class Method:
     race: profiles for the budget are proposed at the start of settle, by
       several scores, and trained side by side for some steps; the best one goes
       on, see `maestro.methods.race`. None decomposes at `ranks`.
+    nested: settle trains a chain of levels, nested profiles for several
+      budgets, so that one network serves all of them, see
+      `maestro.methods.nested`. None trains one size.
     switch: ends discover early, see `methods.SWITCHES`; settle is longer by as
       much. None keeps config.discover.epochs.
     trainable: "all", or "factors", to freeze all parameters but factors once
@@ -72,6 +75,7 @@ class Method:
   lam: Weight | None = None
   project: Mapping | None = dataclasses.field(default=None, metadata=KERNELS)
   race: Mapping | None = None
+  nested: Mapping | None = None
   switch: Mapping | None = dataclasses.field(default=None, metadata=KERNELS)
   trainable: Literal["all", "factors"] = dataclasses.field(
     default="all", metadata=FACTORS
@@ -122,6 +126,9 @@ METHODS: dict[str, Method] = {
       race={},
       budget="macs:0.5",
     ),
+    # Ours, for any size: a dense warm-up (discover), then joint training along
+    # a chain of nested profiles.
+    Method("nested", decompose="settle", nested={}),
     # Horvath et al., ICML 2024.
     Method(
       "maestro",

@@ -104,6 +104,26 @@ def layer_table(results):
   return "\n".join([*lines, *_score_lines(final)])
 
 
+def level_table(results):
+  """Tabulate the levels of a nested network; "" for a run of one size."""
+  rows = [["level", "params", "MACs", "share", "accuracy, test", "loss, test"]]
+  dense = results.get("dense") or {}
+  for level in results.get("levels") or []:
+    scores = level.get("metrics") or {}
+    accuracy = scores.get("accuracy")
+    rows.append(
+      [
+        str(level.get("name")),
+        _integer(level.get("params")),
+        _integer(level.get("macs")),
+        _percent(level.get("macs"), dense.get("macs")),
+        "" if accuracy is None else f"{100 * accuracy:.2f} %",
+        f"{scores['loss']:.4f}" if "loss" in scores else NOT_RUN,
+      ]
+    )
+  return "\n" + text_table(rows) + "\n" if len(rows) > 1 else ""
+
+
 def compare(results):
   """Tabulate runs, those that differ by seed alone as one row: plain text."""
   return text_table(_comparison(results))

@@ -14,7 +14,7 @@ import optax
 
 from maestro import data as data_lib
 from maestro import introspect as nn
-from maestro import lowrank, streams, trees
+from maestro import streams
 from maestro.cost.count import Cost, count_cost
 from maestro.errors import UserError
 from maestro.methods import bind as methods
@@ -23,7 +23,7 @@ from maestro.parallel.mesh import Mesh, make_mesh
 from maestro.runs import checkpoint
 from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
-from maestro.training import optim
+from maestro.training import levels, optim, start
 from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import (
   PHASES,
@@ -36,6 +36,7 @@ from maestro.training.config import (
 from maestro.training.durations import Clock, Periods
 from maestro.training.evaluate import make_evaluate
 from maestro.training.judge import make_judge
+from maestro.training.levels import Level
 from maestro.training.results import Ledger
 from maestro.training.state import TrainState, new_state
 from maestro.training.step import make_dispatch, make_step
@@ -171,7 +172,9 @@ class Training:
     new_state: (optimizer, params, batch_stats, ranks) -> TrainState at step 0.
     order: epoch -> the order of the training examples.
     optimizer: steps of discover -> (learning rate's schedule, optimizer).
-    program: (phase, steps of discover, steps) -> compiled steps.
+    program: (phase, steps of discover, steps) -> compiled steps; of a level, if
+      one is given, see `training.levels`.
+    level: step -> the level that a nested network trains in it.
     evaluate: (variables, split) -> metrics.
     recalibrate: variables -> variables with batch statistics of their own.
     judge: how many training examples -> (variables -> their loss).
@@ -194,7 +197,8 @@ class Training:
   optimizer: Callable[
     [int], tuple[Callable[[int], Any], optax.GradientTransformation]
   ]
-  program: Callable[[str, int, int], Callable]
+  program: Callable[..., Callable]
+  level: Callable[[int], int]
   evaluate: Callable[[Tree, data_lib.Split], dict[str, float]]
   recalibrate: Callable[[Tree], Tree]
   judge: Callable[[int], Callable[..., float]]
@@ -230,7 +234,7 @@ def make_training(c: Config) -> Training:
   _schedule(c, clock)  # tells a warm-up that does not fit
   shapes = jax.eval_shape(model.init, jax.random.key(0), facts.example)
   dense = count_cost(layers, shapes["params"])
-  random = functools.partial(_random, c.seed, model, facts.example)
+  random = functools.partial(start.random, c.seed, model, facts.example)
   method = methods.bind(
     c.method,
     settings(c),
@@ -254,7 +258,9 @@ def make_training(c: Config) -> Training:
     return schedule, method.optimizer(tx, schedule, discover)
 
   @functools.cache
-  def program(phase: str, discover: int, steps: int) -> Callable:
+  def program(
+    phase: str, discover: int, steps: int, level: Level | None = None
+  ) -> Callable:
     step = make_step(
       model,
       optimizer(discover)[1],
@@ -267,13 +273,14 @@ def make_training(c: Config) -> Training:
       penalty=method.penalty,
       full_pass=c.full_pass,
       mesh=mesh,
+      level=level,
     )
     return make_dispatch(step, steps)
 
   def initial() -> tuple[Tree, Tree]:
     if c.init_from is None:
       return random()
-    return _trained(c.init_from, layers, shapes["params"])
+    return start.trained(c.init_from, layers, shapes["params"])
 
   return Training(
     mesh=mesh,
@@ -293,6 +300,11 @@ def make_training(c: Config) -> Training:
     order=lambda epoch: data_lib.epoch_order(c.seed, epoch, len(dataset.train)),
     optimizer=optimizer,
     program=program,
+    level=levels.draws(
+      c.seed,
+      method.nested.options.shares if method.nested else (1.0,),
+      clock.steps_per_epoch,
+    ),
     evaluate=make_evaluator(c, model, dataset, mesh),
     recalibrate=make_recalibrator(c, model, dataset, mesh),
     judge=lambda examples: make_judge(
@@ -351,55 +363,9 @@ def _batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
   """Preprocesses a fixed choice of training examples."""
   split = dataset.train
   order = data_lib.choice(0, len(split))[:examples]
-  for start in range(0, len(order), 256):
-    x = split.inputs[np.sort(order[start : start + 256])]
+  for first in range(0, len(order), 256):
+    x = split.inputs[np.sort(order[first : first + 256])]
     yield dataset.preprocess(jnp.asarray(x))
-
-
-def _random(seed: int, model: Any, example) -> tuple[Tree, Tree]:
-  """Returns random dense params, and batch_stats, of the run's seed."""
-  key = streams.stream(seed, "initial")
-  inputs = jnp.zeros(example.shape, example.dtype)
-  variables = jax.jit(model.init)(key, inputs)
-  return variables["params"], variables.get("batch_stats", {})
-
-
-def _trained(
-  workdir: str, layers: Mapping[str, LayerSpec], wanted: Tree
-) -> tuple[Tree, Tree]:
-  """Returns dense params, and batch_stats, of another run: its function."""
-  source = pathlib.Path(workdir)
-  if not (source / "checkpoints").is_dir():
-    raise ConfigError(
-      f"config.init_from: {source} is no workdir of a run (it has no"
-      " checkpoints/)"
-    )
-  params, stats, ranks, _ = checkpoint.load_params(source / "checkpoints")
-  params = jax.tree.map(jnp.asarray, params)
-  for path, (node, _) in trees.paired(params, ranks).items():
-    found, spec = (node["u"].shape, node["v"].shape), layers.get(path)
-    fits = "absent" if spec is None else spec.factor_shapes(found[0][-1])
-    if found != fits:
-      raise ConfigError(
-        f"config.init_from: {source} does not fit this model: layer {path!r}"
-        f" has factors {found} there and {fits} here"
-      )
-  params = lowrank.merge(lowrank.truncate(params, ranks), layers)
-  found, fits = _shapes(params), _shapes(wanted)
-  for path in sorted(found.keys() | fits.keys()):
-    if found.get(path) != fits.get(path):
-      raise ConfigError(
-        f"config.init_from: {source} does not fit this model: parameter"
-        f" {path!r} is {found.get(path, 'absent')} there and"
-        f" {fits.get(path, 'absent')} here"
-      )
-  return params, stats
-
-
-def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
-  keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {keystr(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
 # ---------------------------------------------------------------------------

@@ -176,6 +176,11 @@ def parse(config: Mapping[str, Any]) -> Config:
       "config.full_pass.distill: soft targets need config.loss="
       '"cross_entropy"; set it to 0'
     )
+  if method.nested is not None and c.full_pass:
+    raise ConfigError(
+      "config.full_pass: a nested network trains one level a step, without a"
+      " second pass; remove it"
+    )
   if method.decompose == "settle" and not length_of(c, "settle").value:
     raise ConfigError(
       "config.settle.epochs: 0, but config.method decomposes at the start of"

@@ -11,7 +11,7 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +21,13 @@ from maestro import introspect as nn
 from maestro import lowrank
 from maestro.cost.count import count_cost
 from maestro.errors import Interrupted
+from maestro.methods.nested import Nested
 from maestro.parallel.mesh import make_mesh, replicate
 from maestro.report import figures
-from maestro.report.tables import layer_table
+from maestro.report.tables import layer_table, level_table
 from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build, optim, race
+from maestro.training import build, levels, optim, race
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
 from maestro.training.durations import every
@@ -102,39 +103,25 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     with metrics.Writer(
       workdir, total_steps=t.clock.total, resume_step=step
     ) as writer:
+      shared = {"writer": writer, "checkpoints": checkpoints}
+      shared |= {"stop_asked": stop_asked}
       if step == 0:
         record = rank_record(t.layers, state)
         writer.write(0, 0, record | {"phase": int(not ledger.discover_steps)})
       while step < t.clock.total:
         name, end = ledger.phase(step), end_of_round(t, ledger, step)
-        if step == ledger.discover_steps and t.method.race is not None:
-          state = race.race(
-            t,
-            state,
-            arrays,
-            ledger,
-            writer=writer,
-            checkpoints=checkpoints,
-            stop_asked=stop_asked,
-          )
-          if int(state.step) > step:  # so that no kill repeats it
+        if step == ledger.discover_steps:
+          if t.method.race is None:
+            state = _enter_settle(t, state, ledger, c.truncate)
+          else:  # whose winner has made some steps
+            state = race.race(t, t.method.race, state, arrays, ledger, **shared)
+          if int(state.step) > step:
             _save(checkpoints, state, ledger, started, t)
           step = int(state.step)
           end = end_of_round(t, ledger, step)
-        elif step == ledger.discover_steps:
-          state = _enter_settle(t, state, ledger, c.truncate)
 
         # --- Steps, up to the next one after which something is due -----------
-        state, done = run_round(
-          t,
-          state,
-          arrays,
-          ledger,
-          end,
-          writer=writer,
-          checkpoints=checkpoints,
-          stop_asked=stop_asked,
-        )
+        state, done = run_round(t, state, arrays, ledger, end, **shared)
         step = done.step
         if not done.whole:
           _save(checkpoints, state, ledger, started, t)
@@ -167,6 +154,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         if last or discovered or every(step, t.periods.evaluate):
           (values,) = _evaluate(t, state, ledger, t.dataset.val)
           record |= {f"val/{key}": value for key, value in values.items()}
+          record |= _evaluate_levels(t, state, ledger)
           check_finite(record, step, checkpoints)
         record |= rank_record(t.layers, state)
         record["examples_per_second"] = done.examples_per_second
@@ -200,9 +188,13 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     results = results_of(
       config, ledger, t.layers, t.dense, final, state, scores
     )
+    if t.method.nested is not None:
+      names = t.method.nested.options.names
+      results["levels"] = _level_rows(t, names, state, ledger)
     workdir_lib.write_json(workdir / "results.json", results)
     figures.figures(workdir)
-    print(f"\n{layer_table(results)}\n\n{workdir}: finished")
+    print(f"\n{layer_table(results)}\n{level_table(results)}")
+    print(f"{workdir}: finished")
     return results
 
 
@@ -246,7 +238,7 @@ def evaluate_workdir(
 def _finished(workdir: pathlib.Path, results: dict) -> dict:
   """Shows a finished run; draws its report, if it was killed before that."""
   print(f"{workdir}: this run is finished. Its results:\n")
-  print(layer_table(results))
+  print(f"{layer_table(results)}\n{level_table(results)}")
   if not (workdir / "report").exists():
     figures.figures(workdir)
   return results
@@ -334,10 +326,32 @@ def _shrink(
   return state
 
 
+def _enter_chain(
+  t: Training, nested: Nested, state: TrainState, ledger: Ledger
+) -> TrainState:
+  """Returns factors in fisher order, and the levels of a nested network."""
+  params, profiles = nested.start(state.params, state.batch_stats)
+  _, tx = t.optimizer(ledger.discover_steps)
+  chain = levels.stacked(profiles, state.batch_stats, t.layers)
+  ranks = jax.tree.map(lambda x: x[0], chain["ranks"])
+  params = lowrank.truncate(params, jax.device_get(ranks))
+  ledger.macs += 3 * nested.options.examples * t.dense.macs
+  ledger.ranks = plain_ranks(ranks)
+  state = state.replace(
+    params=params,
+    ranks=ranks,
+    opt_state=optim.restart(tx, params, state.step),
+    levels=chain,
+  )
+  return replicate(state, t.mesh)
+
+
 def _enter_settle(
   t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
 ) -> TrainState:
   """Returns factors at the ranks that were found, or their first factors."""
+  if t.method.nested is not None:
+    return _enter_chain(t, t.method.nested, state, ledger)
   if t.method.decompose_at != "settle":
     return _cut(t, at_ranks(state, t.method.fit(state.ranks)), ledger, truncate)
   state = _decompose(t, state, ledger)
@@ -419,9 +433,45 @@ def _evaluate(
 ) -> list[dict[str, float]]:
   """Evaluates on whole splits, with batch statistics of the network's own."""
   variables, form = variables_of(state), form_of(state.params)
-  # Those of a dense network are its own.
-  if state.ranks and state.batch_stats:
+  # Those of a dense network, and of a level, are its own.
+  if state.ranks and state.batch_stats and not state.levels:
     ledger.compiles(f"recalibrate, {form}")
     variables = t.recalibrate(variables)
   ledger.compiles(f"evaluate, {form}")
   return [t.evaluate(variables, split) for split in splits]
+
+
+def _evaluate_levels(
+  t: Training, state: TrainState, ledger: Ledger
+) -> dict[str, float]:
+  """Validation metrics of all levels but the largest, by one program."""
+  record = {}
+  if not state.levels or t.method.nested is None:
+    return {}
+  names = t.method.nested.options.names
+  for name, (ranks, stats) in zip(
+    names[1:], levels.split(state.levels)[1:], strict=True
+  ):
+    ledger.compiles(f"evaluate levels, {form_of(state.params)}")
+    values = t.evaluate(
+      replicate(levels.variables(state.params, ranks, stats), t.mesh),
+      t.dataset.val,
+    )
+    record |= {f"val/{key}@{name}": value for key, value in values.items()}
+  return record
+
+
+def _level_rows(
+  t: Training, names: Sequence[str], state: TrainState, ledger: Ledger
+) -> list[dict[str, Any]]:
+  """Every level's network, cut out and merged, evaluated on val and test."""
+
+  def score(variables):
+    ledger.compiles(f"evaluate, {form_of(variables['params'])}")
+    variables = replicate(variables, t.mesh)
+    return {
+      "val": t.evaluate(variables, t.dataset.val),
+      "test": t.evaluate(variables, t.dataset.test),
+    }
+
+  return levels.rows_of(state, names, t.layers, score)

@@ -80,6 +80,7 @@ class _Quiet(Writer):
 
 def race(
   t: Training,
+  plan: Race,
   state: TrainState,
   arrays: Mapping[str, jax.Array],
   ledger: Ledger,
@@ -91,7 +92,8 @@ def race(
   """Returns the state of the best profile, some steps into settle.
 
   Args:
-    t: the run, of a method with a race.
+    t: the run.
+    plan: its method's race.
     state: dense, at the end of discover.
     arrays: inputs and targets of the training split, on the devices.
     ledger: gets what the score and all candidates cost.
@@ -103,7 +105,6 @@ def race(
     TrainingError: the loss of every candidate is not finite.
     Interrupted: the run was asked to stop.
   """
-  plan: Race = t.method.race
   examples = _examples(t, plan, 3 * t.dense.macs, plan.options.examples)
   score = plan.score(state.params, state.batch_stats, examples)
   judge = t.judge(plan.options.judged)
@@ -115,74 +116,29 @@ def race(
   # In three heats, and of neighbours, each candidate twice or so.
   field = 2 * (len(proposals) + plan.options.neighbours)
   judged = _examples(t, plan, field * _macs(t, shape), plan.options.judged)
+  track = _Track(
+    t=t,
+    arrays=arrays,
+    ledger=ledger,
+    writer=writer,
+    checkpoints=checkpoints,
+    stop_asked=stop_asked,
+    judge=lambda variables: judge(variables, judged),
+    judged=judged,
+  )
 
-  def enter(proposals: list[Proposal], shape: Ranks) -> list[Candidate]:
-    made = []
-    for proposal in proposals:
-      own = dataclasses.replace(ledger, macs=0, examples=0, sums={})
-      own.train_seconds = 0.0
-      at = _candidate(t, state, score, proposal.ranks, shape, ledger)
-      made.append(Candidate(proposal, at, own))
+  def enter(proposals: list[Proposal]) -> list[Candidate]:
+    made = [_candidate(t, state, score, p, shape, ledger) for p in proposals]
+    track.everyone.extend(made)
     return made
-
-  def train(candidate: Candidate, steps: int) -> bool:
-    """Trains a candidate; False if its loss is not finite."""
-    step = int(candidate.state.step)
-    end = min(step + steps, t.clock.total)
-    quiet = _Quiet(writer, candidate.proposal.name)
-    while step < end:
-      until = min(end, step - step % (n := t.clock.steps_per_epoch) + n)
-      try:
-        candidate.state, done = run_round(
-          t,
-          candidate.state,
-          arrays,
-          candidate.ledger,
-          until,
-          writer=quiet,
-          checkpoints=checkpoints,
-          stop_asked=stop_asked,
-        )
-      except TrainingError:
-        return False
-      step = done.step
-      if stop_asked():
-        raise Interrupted(
-          f"stopped within the race after step {int(state.step)}; it begins"
-          " anew from the newest checkpoint"
-        )
-    return True
-
-  def heat(candidates: list[Candidate], steps: int) -> list[Candidate]:
-    """Trains and judges all; returns those that are finite, the best first."""
-    alive = []
-    for candidate in candidates:
-      if not train(candidate, steps):
-        writer.message(f"race: {candidate.proposal.name} has diverged")
-        continue
-      ledger.compiles(f"judge, {form_of(candidate.state.params)}")
-      candidate.losses.append(judge(variables_of(candidate.state), judged))
-      stored = count_cost(t.layers, candidate.state.params).macs
-      ledger.race["score_macs"] += judged * stored
-      if math.isfinite(candidate.losses[-1]):
-        alive.append(candidate)
-    if not alive:
-      raise TrainingError(
-        "every profile of the race has diverged; lower the learning rate"
-        " (config.settle.schedule.learning_rate), in a new workdir"
-      )
-    alive.sort(key=lambda c: c.score)
-    _tell(writer, ledger, alive, steps)
-    return alive
 
   if len(proposals) == 1:
     writer.message(
       f"race: all scores propose {_text(proposals[0].ranks)}; none is needed"
     )
-    (only,) = enter(proposals, proposals[0].ranks)
-    return _won(t, only, [], ledger)
+    return _won(t, enter(proposals)[0], track)
   n = _steps(t, plan, proposals, shape)
-  race = heat(enter(proposals, shape), n)
+  race = track.heat(enter(proposals), n)
   near = neighbours(
     plan.tables,
     plan.limit,
@@ -194,16 +150,88 @@ def race(
   known = [proposal.ranks for proposal in proposals]
   near = [proposal for proposal in near if proposal.ranks not in known]
   if near:
-    race = sorted(race + heat(enter(near, shape), n), key=lambda c: c.score)
-  losers: list[Candidate] = []
+    race = sorted(race + track.heat(enter(near), n), key=lambda c: c.score)
   for factor in (2, 4):
-    half = -(-len(race) // 2)
-    race, lost = race[:half], race[half:]
-    losers += lost
+    race = race[: -(-len(race) // 2)]
     if len(race) > 1:
       _cut_together(t, race, ledger)
-      race = heat(race, factor * n)
-  return _won(t, race[0], losers + race[1:], ledger)
+      race = track.heat(race, factor * n)
+  return _won(t, race[0], track)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Track:
+  """Where candidates train and are judged.
+
+  Attributes:
+    t: the run.
+    arrays: of the training split.
+    ledger: of the run.
+    writer: of its metrics.
+    checkpoints: to name the last good one.
+    stop_asked: true once the run is to stop.
+    judge: variables -> loss on training examples.
+    judged: how many of them.
+    everyone: that has entered.
+  """
+
+  t: Training
+  arrays: Mapping[str, jax.Array]
+  ledger: Ledger
+  writer: Writer
+  checkpoints: Checkpoints
+  stop_asked: Callable[[], bool]
+  judge: Callable[[Any], float]
+  judged: int
+  everyone: list[Candidate] = dataclasses.field(default_factory=list)
+
+  def heat(self, candidates: list[Candidate], steps: int) -> list[Candidate]:
+    """Trains and judges all; returns those that are finite, the best first."""
+    alive = []
+    for c in candidates:
+      if not self._train(c, steps):
+        self.writer.message(f"race: {c.proposal.name} has diverged")
+        continue
+      self.ledger.compiles(f"judge, {form_of(c.state.params)}")
+      c.losses.append(self.judge(variables_of(c.state)))
+      stored = count_cost(self.t.layers, c.state.params).macs
+      self.ledger.race["score_macs"] += self.judged * stored
+      if math.isfinite(c.losses[-1]):
+        alive.append(c)
+    if not alive:
+      raise TrainingError(
+        "every profile of the race has diverged; lower the learning rate"
+        " (config.settle.schedule.learning_rate), in a new workdir"
+      )
+    alive.sort(key=lambda c: c.score)
+    _tell(self.writer, self.ledger, alive, steps)
+    return alive
+
+  def _train(self, c: Candidate, steps: int) -> bool:
+    """Trains a candidate; False if its loss is not finite."""
+    step, n = int(c.state.step), self.t.clock.steps_per_epoch
+    end = min(step + steps, self.t.clock.total)
+    while step < end:
+      try:
+        c.state, done = run_round(
+          self.t,
+          c.state,
+          self.arrays,
+          c.ledger,
+          min(end, step - step % n + n),
+          writer=_Quiet(self.writer, c.proposal.name),
+          checkpoints=self.checkpoints,
+          stop_asked=self.stop_asked,
+        )
+      except TrainingError:
+        return False
+      step = done.step
+      if self.stop_asked():
+        raise Interrupted(
+          f"stopped within the race, at step {step}; it begins anew from the"
+          " newest checkpoint"
+        )
+    return True
 
 
 # ---------------------------------------------------------------------------
@@ -234,23 +262,26 @@ def _candidate(
   t: Training,
   state: TrainState,
   score: Score,
-  ranks: Ranks,
+  proposal: Proposal,
   shape: Ranks,
   ledger: Ledger,
-) -> TrainState:
-  """A state at a profile, in the shapes of another one that holds it."""
+) -> Candidate:
+  """Starts a profile, in the shapes of another one that holds it."""
   _, tx = t.optimizer(ledger.discover_steps)
-  tree = _rank_tree(t, ranks)
-  params = lowrank.mask(
-    lowrank.truncate(score.params, jax.device_get(_rank_tree(t, shape))), tree
-  )
+  tree = _rank_tree(t, proposal.ranks)
+  wide = lowrank.truncate(score.params, jax.device_get(_rank_tree(t, shape)))
+  params = lowrank.mask(wide, tree)
   made = state.replace(
     params=params,
     ranks=tree,
     opt_state=optim.restart(tx, params, state.step),
   )
   # Steps donate their state: what candidates share is copied.
-  return replicate(jax.tree.map(jnp.copy, made), t.mesh)
+  made = replicate(jax.tree.map(jnp.copy, made), t.mesh)
+  own = dataclasses.replace(
+    ledger, macs=0, examples=0, sums={}, train_seconds=0.0
+  )
+  return Candidate(proposal, made, own)
 
 
 def _cut_together(
@@ -271,12 +302,12 @@ def _cut(tx: Any, state: TrainState, shape: Any) -> TrainState:
   )
 
 
-def _won(
-  t: Training, winner: Candidate, losers: list[Candidate], ledger: Ledger
-) -> TrainState:
+def _won(t: Training, winner: Candidate, track: _Track) -> TrainState:
   """Returns the winner's state, cut to its ranks; the run counts its steps."""
+  ledger = track.ledger
   own = winner.ledger
-  ledger.race["macs"] = sum(c.ledger.macs for c in losers)
+  every = sum(c.ledger.macs for c in track.everyone)
+  ledger.race["macs"] = every - own.macs
   ledger.macs += own.macs + ledger.race["macs"] + ledger.race["score_macs"]
   ledger.examples += own.examples
   ledger.train_seconds += own.train_seconds

@@ -1,13 +1,15 @@
 """The steps of a round: dispatched ahead, read one dispatch late, checked."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
-from maestro.cost.count import count_cost
+from maestro import trees
+from maestro.cost.count import count_cost, layer_macs
 from maestro.errors import UserError
 from maestro.parallel.mesh import replicate
 from maestro.runs import stop
@@ -15,6 +17,7 @@ from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Writer
 from maestro.training.build import Training
 from maestro.training.durations import every
+from maestro.training.levels import Level, split
 from maestro.training.results import Ledger, rank_text
 from maestro.training.state import (
   TrainState,
@@ -86,7 +89,11 @@ def run_round(
   name, method, started = ledger.phase(step), t.method, time.monotonic()
   schedule, _ = t.optimizer(ledger.discover_steps)
   epoch = step // t.clock.steps_per_epoch
-  macs = count_cost(t.layers, state.params).macs
+  # Levels are compiled one by one, and cost what they are cut to.
+  chain = _chain(t, state) if name == "settle" else []
+  macs = [count_cost(t.layers, state.params).macs]
+  macs = [m for _, m in chain] or macs
+  cost = 0
   form, ranks = form_of(state.params), jax.device_get(state.ranks)
   data = dict(arrays) | {"order": replicate(t.order(epoch), t.mesh)}
 
@@ -109,9 +116,13 @@ def run_round(
 
   unread, loss = None, float("nan")
   while step < end and not (stop_asked() and step > first):
-    n = _until(step, end, t)
-    ledger.compiles(f"{name}, {n} steps, {form}")
-    program = t.program(name, ledger.discover_steps, n)
+    n = 1 if chain else _until(step, end, t)
+    at = t.level(step) if chain else 0
+    level = chain[at][0] if chain else None
+    said = f", level {at}" if chain else ""
+    ledger.compiles(f"{name}, {n} steps, {form}{said}")
+    program = t.program(name, ledger.discover_steps, n, level)
+    cost += n * macs[at]
     began = time.monotonic()
     state, losses = program(state, data)
     step += n
@@ -133,10 +144,39 @@ def run_round(
     loss = read(*unread)
   seconds = time.monotonic() - started
   examples = (step - first) * t.clock.batch_size
-  ledger.macs += t.macs_per_example * examples * macs
+  ledger.macs += t.macs_per_example * t.clock.batch_size * cost
   ledger.examples += examples
   ledger.train_seconds += seconds
   return state, Round(loss, step, step == end, examples / max(seconds, 1e-9))
+
+
+@functools.lru_cache(maxsize=1)
+def _levels(t: Training, items: tuple) -> list[tuple[Level, int]]:
+  """The levels of a chain, with the MACs of their factors."""
+  found = []
+  for i, profile in enumerate(items):
+    ranks = {
+      path: np.full(t.layers[path].lead, rank, np.int32)
+      for path, rank in profile
+    }
+    macs = t.dense.macs + sum(
+      layer_macs(t.layers[path], rank) - layer_macs(t.layers[path], None)
+      for path, rank in profile
+    )
+    found.append((Level(i, trees.unflatten_ranks(ranks)), macs))
+  return found
+
+
+def _chain(t: Training, state: TrainState) -> list[tuple[Level, int]]:
+  # One object a level and run, so that programs are found again.
+  profiles = tuple(
+    tuple(
+      (path, int(np.max(rank, initial=0)))
+      for path, rank in trees.flatten_ranks(ranks).items()
+    )
+    for ranks, _ in split(state.levels)
+  )
+  return _levels(t, profiles)
 
 
 def _until(step: int, end: int, t: Training) -> int:

@@ -25,6 +25,8 @@ class TrainState(struct.PyTreeNode):
     ranks: current rank of every factored layer.
     key: uint32 data of the key from which each step derives its own.
     metrics: float32 sums over the steps since training metrics were written.
+    levels: of a nested network, {"ranks": a rank tree with a leading axis of
+      levels, "batch_stats": their statistics, likewise}; {} for one size.
   """
 
   step: jax.Array
@@ -34,6 +36,7 @@ class TrainState(struct.PyTreeNode):
   ranks: Any
   key: jax.Array
   metrics: dict[str, jax.Array]
+  levels: Any = struct.field(default_factory=dict)
 
 
 def zero_metrics(loss: str) -> dict[str, jax.Array]:
@@ -49,6 +52,7 @@ def new_state(
   params: trees.Tree,
   batch_stats: trees.Tree,
   ranks: trees.Tree,
+  levels: trees.Tree | None = None,
 ) -> TrainState:
   """Returns the state at step 0."""
   return TrainState(
@@ -59,6 +63,7 @@ def new_state(
     ranks=ranks,
     key=jax.random.key_data(streams.stream(seed, "steps")),
     metrics=zero_metrics(loss),
+    levels=levels or {},
   )
 
 
@@ -66,9 +71,9 @@ def restore(checkpoints, new_state) -> tuple[TrainState, dict]:
   """Loads the newest checkpoint; its metadata tells the factors' shapes."""
   step = checkpoints.latest
   shapes, _ = checkpoints.shapes(step)
-  abstract = jax.eval_shape(
-    new_state, shapes["params"], shapes["batch_stats"], shapes["ranks"]
-  )
+  parts = ("params", "batch_stats", "ranks")
+  given = [shapes[part] for part in parts] + [shapes.get("levels", {})]
+  abstract = jax.eval_shape(new_state, *given)
   return checkpoints.load(step, abstract)
 
 

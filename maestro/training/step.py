@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from maestro import lowrank
 from maestro.parallel.mesh import Mesh, split_batch
 from maestro.training import losses
 from maestro.training.config import FullPass
+from maestro.training.levels import Level
 from maestro.training.state import TrainState
 
 Data = Mapping[str, jax.Array]  # inputs [n, ...], targets [n, ...], order [n]
@@ -28,6 +30,7 @@ def make_step(
   penalty: Callable[[Any, Any], jax.Array] | None,
   full_pass: FullPass | None,
   mesh: Mesh,
+  level: Level | None = None,
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Returns step(state, data) -> (state, loss of this step).
 
@@ -37,6 +40,10 @@ def make_step(
   The batch is the next `batch_size` entries of data["order"], gathered and
   preprocessed on the device. The returned loss includes the penalty. Layers
   that `ranks_t` does not name run as they are stored.
+
+  At a level of a nested network, the network is the one cut to its ranks, which
+  are shapes: what lies beyond costs nothing and has no gradient. The statistics
+  are the level's own; those of the whole network are the largest level's.
   """
   example_loss = losses.LOSSES[loss]
   metrics = losses.METRICS[loss]
@@ -48,8 +55,9 @@ def make_step(
     if not state.batch_stats:
       y = model.apply(variables, x, train=True, rngs={"dropout": key})
       return y, state.batch_stats
+    stats = state.batch_stats if level is None else level.statistics(state)
     y, updates = model.apply(
-      variables | {"batch_stats": state.batch_stats},
+      variables | {"batch_stats": stats},
       x,
       train=True,
       rngs={"dropout": key},
@@ -67,7 +75,11 @@ def make_step(
     x = preprocess(x, key_image)
     sampled = sampler(key_rank, state.ranks)
 
+    live = state.ranks if level is None else level.ranks
+
     def objective(params):
+      if level is not None:
+        params = lowrank.truncate(params, level.ranks)
       out, stats = apply(state, params, sampled, x, key_dropout)
       task = jnp.mean(example_loss(out, y))
       if full_pass is not None:
@@ -82,7 +94,7 @@ def make_step(
         task += jnp.mean(example_loss(teacher, y))
       added = jnp.zeros((), jnp.float32)
       if lam and penalty is not None:
-        added = lam * penalty(params, state.ranks)
+        added = lam * penalty(params, live)
       sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
       sums |= {"loss": task, "penalty": added}
       return task + added, (stats, sums)
@@ -91,16 +103,15 @@ def make_step(
     (total, (stats, sums)), grads = grad(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     sums |= {"steps": 1.0, "grad_norm": optax.tree.norm(grads)}
-    return (
-      state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=stats,
-        opt_state=opt_state,
-        metrics={k: state.metrics[k] + sums[k] for k in state.metrics},
-      ),
-      total,
+    new = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      metrics={k: state.metrics[k] + sums[k] for k in state.metrics},
     )
+    if level is not None and state.batch_stats:
+      return level.with_statistics(new, stats), total
+    return new.replace(batch_stats=stats), total
 
   return step
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import maestro.introspect
 import maestro.nn
+import maestro.taps
 from maestro import data, lowrank, trees
 from maestro.lowrank import Rule
 from maestro.methods import calibrate
@@ -65,7 +65,7 @@ def _rows(case, batches, params, path=""):
   """All inputs of a layer as rows of float64 [*groups, N, in]."""
   spec, parts = case.layers[path], []
   for x in batches:
-    seen = maestro.introspect.capture_inputs(case.model, {"params": params}, x)
+    seen = maestro.taps.capture_inputs(case.model, {"params": params}, x)
     for rows in seen[path]:
       part = np.asarray(rows)
       if spec.kind == "embed":
@@ -105,9 +105,7 @@ def test_captured_rows_times_kernel_are_the_outputs(cases, jit, name):
   @jit
   def run(x):
     y = case.model.apply({"params": params}, x)
-    return y, maestro.introspect.capture_inputs(
-      case.model, {"params": params}, x
-    )
+    return y, maestro.taps.capture_inputs(case.model, {"params": params}, x)
 
   y, seen = run(case.x)
   (rows,) = seen[""]
@@ -123,12 +121,8 @@ def test_captured_rows_times_kernel_are_the_outputs(cases, jit, name):
 def test_factored_layers_see_the_same(cases):
   case = cases["remat"]
   x = _correlated(*case.x.shape)
-  dense = maestro.introspect.capture_inputs(
-    case.model, {"params": case.dense}, x
-  )
-  low = maestro.introspect.capture_inputs(
-    case.model, {"params": case.factored}, x
-  )
+  dense = maestro.taps.capture_inputs(case.model, {"params": case.dense}, x)
+  low = maestro.taps.capture_inputs(case.model, {"params": case.factored}, x)
   assert set(dense) == {"first", "last"}
   for path in dense:
     np.testing.assert_allclose(low[path][0], dense[path][0], atol=1e-5)
@@ -137,12 +131,8 @@ def test_factored_layers_see_the_same(cases):
 def test_plain_flax_layers_are_seen(cases):
   case = cases["conv_same"]
   model = case.build(flax.linen)
-  want = maestro.introspect.capture_inputs(
-    case.model, {"params": case.dense}, case.x
-  )
-  found = maestro.introspect.capture_inputs(
-    model, {"params": case.dense}, case.x
-  )
+  want = maestro.taps.capture_inputs(case.model, {"params": case.dense}, case.x)
+  found = maestro.taps.capture_inputs(model, {"params": case.dense}, case.x)
   np.testing.assert_array_equal(found[""][0], want[""][0])
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import maestro
-import maestro.introspect
 import maestro.nn
+import maestro.taps
 from maestro import lowrank, trees
 from maestro.lowrank import Rule
 from maestro.methods import calibrate, fisher
@@ -40,7 +40,7 @@ def tapped_gradient(case, params, layers, axes=()):
     return jnp.einsum("...ni,...nj->...ij", x, g)
 
   def loss(taps):
-    y = maestro.introspect.apply_tapped(
+    y = maestro.taps.apply_tapped(
       case.model, {"params": params}, taps, statistic, case.x
     )
     return jnp.sum(jnp.cos(jnp.arange(y.size)).reshape(y.shape) * y)

@@ -148,7 +148,8 @@ def test_a_candidate_trains_as_if_it_were_alone(finished):
   data["order"] = t.order(discover // t.clock.steps_per_epoch)
   found = []
   for shape in (ranks, {"fc1": 20, "fc2": 7, "fc3": 10}):
-    s = racing._candidate(t, state, score, ranks, shape, ledger)
+    one = racing.Proposal("one", ranks)
+    s = racing._candidate(t, state, score, one, shape, ledger).state
     for _ in range(3):
       s, _ = t.program("settle", discover, 1)(s, data)
     found.append(racing._cut(tx, s, jax.device_get(s.ranks)))
