@@ -12,7 +12,8 @@ statistics anew, evaluates, measures the latency, and writes a directory that
 stands alone: model.safetensors, config.json, card.md and model.stablehlo. Load
 it by maestro.load(directory), or the StableHLO by jax.export, without maestro.
 
-Without --budget, --ranks or --profiles, the checkpoint's own ranks are kept.
+Without --budget, --ranks or --profiles, the checkpoint's own ranks are kept; of
+a nested run (--config.method=nested), all levels that were trained.
 --profiles are fractions of the dense network's MACs; one file then holds all of
 them, and loading one reads only its part. docs/export.md says more.
 """

@@ -16,7 +16,7 @@ from maestro.cost import budget as budget_lib
 from maestro.cost import profiles as profiles_lib
 from maestro.cost.count import Cost, count_cost
 from maestro.cost.latency import measure_latencies
-from maestro.deploy import artifact, card, packing, stablehlo, verify
+from maestro.deploy import artifact, card, levels, packing, stablehlo, verify
 from maestro.deploy import choose as allocate
 from maestro.deploy import files as safetensors_io
 from maestro.deploy.artifact import (
@@ -49,11 +49,13 @@ class Size:
     name: by which it is loaded.
     ranks: rank tree.
     budget: that the ranks were chosen for, None if there was none.
+    batch_stats: its own, of a level that was trained; None: to be computed.
   """
 
   name: str
   ranks: Any
   budget: str | None = None
+  batch_stats: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +106,8 @@ def export(
   Args:
     run: from `maestro.training.build.open_run`.
     out: directory to make; an earlier export there is replaced.
-    sizes: what to cut out; () is the run at its own ranks.
+    sizes: what to cut out; () is the run at its own ranks, or all levels of a
+      nested one.
     checkpoint: which one `run` is, for the record.
     dataset: of the run; None leaves out what needs data.
     options: see `Options`.
@@ -120,7 +123,7 @@ def export(
   """
   out = pathlib.Path(out).absolute()
   artifact.check_target(out)
-  sizes = sizes or (Size("own", run.ranks),)
+  sizes = sizes or _own_sizes(run)
   # Before anything that takes long.
   packing.check_nested(
     [Profile(s.name, trees.flatten_ranks(s.ranks), {}) for s in sizes]
@@ -128,6 +131,7 @@ def export(
   # The statistics of a dense run belong to it; those of a factored one were
   # gathered while its ranks were sampled.
   fresh = bool(run.batch_stats and run.ranks) and not options.keep_statistics
+  fresh = fresh and any(size.batch_stats is None for size in sizes)
   if fresh and dataset is None:
     raise ExportError(
       f"the batch-norm statistics of {run.workdir} must be computed anew for"
@@ -173,6 +177,8 @@ def _cut(
 ) -> Cut:
   """Extracts a network, compares it with the masked one, counts its cost."""
   norms = _norms(run)
+  if size.batch_stats:
+    norms = {"batch_stats": size.batch_stats}
   # Jitted: one compilation, where op by op there would be hundreds.
   small = jax.jit(lambda p: lowrank.extract(p, size.ranks, run.layers))(
     run.params
@@ -198,6 +204,18 @@ def _cut(
   return Cut(size, {"params": small, **norms}, record)
 
 
+def _own_sizes(run: build.Run) -> tuple[Size, ...]:
+  """The levels of a nested run, or the ranks of another."""
+  found = levels.trained(run)
+  if not found:
+    return (Size("own", run.ranks),)
+  return tuple(_level(b, tree, stats) for b, tree, stats in found)
+
+
+def _level(budget: budget_lib.Budget, tree: Any, stats: Any) -> Size:
+  return Size(str(budget).removeprefix("macs:"), tree, str(budget), stats)
+
+
 def _norms(run: build.Run) -> dict[str, Any]:
   return {"batch_stats": run.batch_stats} if run.batch_stats else {}
 
@@ -215,7 +233,10 @@ def _with_data(
   evaluate = build.make_evaluator(c, run.model, dataset, mesh)
   done = []
   for cut in cuts:
-    variables = recalibrate(cut.variables) if fresh else cut.variables
+    own = cut.size.batch_stats is not None
+    variables = cut.variables
+    if fresh and not own:
+      variables = recalibrate(variables)
     splits = {"val": dataset.val, "test": dataset.test}
     scores = {name: evaluate(variables, x) for name, x in splits.items()}
     record = cut.record | {"metrics": scores}
@@ -272,6 +293,8 @@ def _describe(
   kept = "computed anew for each size, from training data"
   if not fresh:
     kept = "the run's own" if run.batch_stats else "none, as nothing needs them"
+    if run.batch_stats and any(cut.size.batch_stats for cut in cuts):
+      kept = "those that each level was trained with"
   return {
     "format": FORMAT,
     "format_version": FORMAT_VERSION,
@@ -387,12 +410,28 @@ def choose_sizes(
     tree = profiles_lib.parse_profile(
       profile, run.layers, run.params, run.ranks
     )
+    if log and levels.off_chain(run, tree):
+      log(
+        f"{ranks}: these ranks are on no level of this nested network, nor"
+        " between two: expect to lose tens of points of accuracy; compare the"
+        " metrics below with those of a level"
+      )
     return (Size(pathlib.Path(ranks).stem, tree),)
   if not (budget or profiles):
     return ()
   wanted = [budget_lib.Budget.parse(budget)] if budget else []
   wanted += {budget_lib.Budget.parse(f"macs:{text}") for text in profiles}
   wanted.sort(key=lambda b: -b.value)
+  if run.levels:
+    if rule is not None:
+      raise ExportError(
+        f"--rule={rule}: a nested network has the ranks of its levels; leave it"
+        " out"
+      )
+    pairs = levels.choose(run, wanted, log)
+    return tuple(
+      _level(b, *found) for b, found in zip(wanted, pairs, strict=True)
+    )
   found = allocate.choose_profiles(  # nested
     run,
     wanted,

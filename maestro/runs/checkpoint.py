@@ -282,12 +282,28 @@ def load_params(directory, step: int | None = None) -> tuple:
     raise CheckpointError(
       f"no checkpoint in {directory}; is it the right path?"
     )
-  record = _read_record(directory, step)
   names = ("params", "batch_stats", "ranks")
+  tree, extra = _load_parts(directory, step, names)
+  return *(tree.get(name, {}) for name in names), extra
+
+
+def load_levels(directory, step: int) -> dict:
+  """Read the levels of a nested network; {} if there are none.
+
+  Raises:
+    CheckpointError: the step is missing, broken or not ours.
+  """
+  directory = pathlib.Path(directory).absolute()
+  return _load_parts(directory, step, ("levels",))[0].get("levels", {})
+
+
+def _load_parts(
+  directory: pathlib.Path, step: int, names: Sequence[str]
+) -> tuple[dict, Any]:
+  record = _read_record(directory, step)
   paths = [p for p in record["leaves"] if p.partition("/")[0] in names]
-  leaves = _read_leaves(directory, step, record, paths)
-  tree = traverse_util.unflatten_dict(leaves, sep="/")
-  return *(tree.get(name, {}) for name in names), record["extra"]
+  leaves = _read_leaves(directory, step, record, paths) if paths else {}
+  return traverse_util.unflatten_dict(leaves, sep="/"), record["extra"]
 
 
 def load_leaves(directory, step: int) -> tuple[dict[str, np.ndarray], dict]:

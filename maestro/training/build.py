@@ -387,6 +387,7 @@ class Run:
     params: host arrays, factors as they are stored.
     batch_stats: host arrays, {} without normalisation.
     ranks: the current ranks, {} for a dense network.
+    levels: of a nested network, as in `TrainState`; {} for one size.
   """
 
   workdir: pathlib.Path
@@ -398,6 +399,7 @@ class Run:
   params: Any
   batch_stats: Any
   ranks: Any
+  levels: Any = dataclasses.field(default_factory=dict)
 
 
 CHECKPOINTS = ("final", "discover")
@@ -472,4 +474,5 @@ def open_run(
     params=params,
     batch_stats=batch_stats,
     ranks=ranks,
+    levels=checkpoint.load_levels(directory, int(step or 0)),
   )

@@ -11,7 +11,7 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -185,12 +185,11 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     write_spectra(workdir, "final", state)
     ledger.wall_seconds = time.monotonic() - started
     scores = {"val": val, "test": test}
+    rows = _level_rows(t, state, ledger)
     results = results_of(
       config, ledger, t.layers, t.dense, final, state, scores
     )
-    if t.method.nested is not None:
-      names = t.method.nested.options.names
-      results["levels"] = _level_rows(t, names, state, ledger)
+    results |= {"levels": rows} if rows else {}
     workdir_lib.write_json(workdir / "results.json", results)
     figures.figures(workdir)
     print(f"\n{layer_table(results)}\n{level_table(results)}")
@@ -218,7 +217,7 @@ def evaluate_workdir(
     variables["batch_stats"] = run.batch_stats
   variables = replicate(variables, mesh)
   evaluate = build.make_evaluator(c, run.model, dataset, mesh)
-  if run.ranks:
+  if run.ranks and not run.levels:
     recalibrate = build.make_recalibrator(c, run.model, dataset, mesh)
     variables = recalibrate(variables)
   return {
@@ -462,7 +461,7 @@ def _evaluate_levels(
 
 
 def _level_rows(
-  t: Training, names: Sequence[str], state: TrainState, ledger: Ledger
+  t: Training, state: TrainState, ledger: Ledger
 ) -> list[dict[str, Any]]:
   """Every level's network, cut out and merged, evaluated on val and test."""
 
@@ -474,4 +473,7 @@ def _level_rows(
       "test": t.evaluate(variables, t.dataset.test),
     }
 
+  if t.method.nested is None:
+    return []
+  names = t.method.nested.options.names
   return levels.rows_of(state, names, t.layers, score)

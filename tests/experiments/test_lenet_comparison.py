@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import lenet_comparison
-from maestro.methods.table import METHODS
+from experiments.lenet_comparison import METHODS
 from maestro.training import build
 from maestro.training.config import clock_of, parse
 
@@ -18,7 +18,7 @@ def result(accuracy, macs=50):
 
 
 def test_every_method_has_its_rows_and_they_share_all_but_the_method():
-  rows = lenet_comparison.rows(list(METHODS))
+  rows = lenet_comparison.rows(METHODS)
   assert len(rows) == 2 + 2 * (len(METHODS) - 2)
   configs = []
   for name, percent in rows:

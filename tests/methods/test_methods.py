@@ -174,7 +174,7 @@ def test_a_method_trains_and_reports_what_its_tree_holds(name, tmp_path):
   )
 
 
-BUDGETED = sorted(METHODS.keys() - {"dense", "dylora"})
+BUDGETED = sorted(METHODS.keys() - {"dense", "dylora", "nested"})
 
 
 @pytest.mark.parametrize("name", BUDGETED)
@@ -539,7 +539,7 @@ HALF = {"name": "data_svd", "ranks": {"name": "fraction", "fraction": 0.5}}
 
 
 @pytest.mark.parametrize(
-  "method", ["cuttlefish", HALF, "dylora", "race"], ids=str
+  "method", ["cuttlefish", HALF, "dylora", "nested", "race"], ids=str
 )
 def test_methods_hold_for_convolutions_with_batch_norm(
   method, tmp_path, monkeypatch
@@ -896,7 +896,10 @@ def leaves_of(workdir):
 
 @pytest.mark.parametrize(
   "name",
-  ["cuttlefish", "data_svd", "dylora", "prox", "pufferfish", "race", "trp"],
+  [
+    *("cuttlefish", "data_svd", "dylora", "nested", "prox", "pufferfish"),
+    *("race", "trp"),
+  ],
 )
 def test_a_killed_run_of_a_method_resumes_bit_identically(
   name, tmp_path, monkeypatch
@@ -936,7 +939,9 @@ def test_a_killed_run_of_a_method_resumes_bit_identically(
     assert len(metrics.read(tmp_path / part)) == 6
 
 
-@pytest.mark.parametrize(("name", "stop"), [("trp", 13), ("dylora", 19)])
+@pytest.mark.parametrize(
+  ("name", "stop"), [("trp", 13), ("dylora", 19), ("nested", 20)]
+)
 def test_a_run_stopped_within_an_epoch_resumes_bit_identically(
   name, stop, tmp_path, monkeypatch
 ):
