@@ -89,6 +89,34 @@ def base() -> ConfigDict:
   return c
 
 
+WAYS = ("race", "nested")  # at most one; see `go`
+
+
+def go(c: ConfigDict, variants: set[str], warm_up: int) -> None:
+  """Trains for a budget (race) or for any size (nested), in as many epochs.
+
+  Args:
+    c: a config of both phases, whose schedules are settle's own.
+    variants: of which those in WAYS and smoke are applied.
+    warm_up: epochs of the dense network before.
+
+  Raises:
+    ValueError: both are asked for.
+  """
+  chosen = sorted(variants & {*WAYS})
+  if len(chosen) > 1:
+    raise ValueError(f"choose one of the variants {', '.join(WAYS)}")
+  if not chosen:
+    return
+  c.method = chosen[0]
+  if c.method == "race":
+    c.budget = "macs:0.4"
+  if "smoke" in variants:
+    return
+  c.settle.epochs += c.discover.epochs - warm_up
+  c.discover.epochs = warm_up
+
+
 RECIPES = ("paper", "gpu", "short")  # at most one; see `cifar10`
 
 
@@ -186,3 +214,18 @@ def cifar10(variants: set[str]) -> ConfigDict:
     if "warmup_epochs" in c.discover.schedule:
       c.discover.schedule.warmup_epochs = 0.0
   return c
+
+
+def ways(c: ConfigDict, variants: set[str]) -> None:
+  """Applies race or nested to a config of `cifar10`.
+
+  Raises:
+    ValueError: with paper, which does not settle.
+  """
+  if variants & {*WAYS} and not c.settle.epochs:
+    raise ValueError(
+      "race and nested train their factors in settle: not with paper"
+    )
+  epochs = c.discover.epochs + c.settle.epochs
+  part = 2 if "nested" in variants else 5
+  go(c, variants, warm_up=max(epochs // part, 1))

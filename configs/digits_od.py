@@ -2,7 +2,11 @@
 
   python -m maestro.main --config=configs/digits_od.py
 
-Variants: smoke (two epochs, to see that everything runs).
+Variants:
+
+  race    for a budget, --config.budget=macs:0.4, instead of a lambda
+  nested  for any size: one network with levels of 100 to 25 % of the MACs
+  smoke   two epochs, to see that everything runs
 """
 
 import pathlib
@@ -18,7 +22,7 @@ common = types.SimpleNamespace(
 
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config; `arg` is a comma-separated list of variants."""
-  variants = common.variants_of(arg, ["smoke"])
+  variants = common.variants_of(arg, ["smoke", *common.WAYS])
   c = common.base()
   c.model = ConfigDict({"name": "mlp", "features": (256, 128)})
   c.data = ConfigDict({"name": "digits"})
@@ -31,4 +35,5 @@ def get_config(arg: str = "") -> ConfigDict:
   c.checkpoint.every_epochs = 10
   if "smoke" in variants:
     c.discover.epochs = c.settle.epochs = 1
+  common.go(c, variants, warm_up=10)
   return c.lock()

@@ -8,6 +8,8 @@ parameters, 281,640 MACs. Variants:
   paper   the paper's schedule: 20 epochs of sampling at constant lambda and
           learning rate, nothing settles; PyTorch's initial weights, and all but
           500 training images
+  race    for a budget, --config.budget=macs:0.4, instead of a lambda
+  nested  for any size: one network with levels of 100 to 25 % of the MACs
   smoke   two epochs, to see that everything runs
 """
 
@@ -24,7 +26,7 @@ common = types.SimpleNamespace(
 
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config; `arg` is a comma-separated list of variants."""
-  variants = common.variants_of(arg, ["paper", "smoke"])
+  variants = common.variants_of(arg, ["paper", "smoke", *common.WAYS])
   c = common.base()
   c.model = ConfigDict({"name": "lenet", "dtype": config_dict.placeholder(str)})
   c.data = ConfigDict(
@@ -55,4 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
   if "smoke" in variants:
     c.discover.epochs = 1
     c.settle.epochs = min(c.settle.epochs, 1)
+  elif variants & {*common.WAYS}:
+    c.settle.schedule.boundaries = (0.8,)
+  common.go(c, variants, warm_up=1)
   return c.lock()

@@ -6,8 +6,8 @@ Reads CIFAR-10 from --config.data.data_dir or TFDS_DATA_DIR. Dense: 11,173,962
 parameters, 555,422,720 MACs; 300 epochs of dense training are 22 PMACs, which
 is work for a GPU or TPU. Lambda is the paper's, 16e-6, which it found for
 sampling to the end; untested with a settling phase. ResNet-34 is
---config.model.name=resnet34. Variants, of which smoke goes with any other
-and pufferfish with any but paper:
+--config.model.name=resnet34. Variants, of which smoke goes with any other,
+and race, nested and pufferfish with any but paper:
 
   paper   the paper's recipe: 300 epochs of sampling at constant lambda, SGD
           with weight decay 1e-4 on everything, x0.1 at 50 % and 75 %, threshold
@@ -20,6 +20,10 @@ and pufferfish with any but paper:
           takes to move ranks within 300 steps
   smoke   two epochs of 8 steps with an eighth of the channels, to see that
           everything runs
+  race    for a budget, --config.budget=macs:0.4, instead of a lambda; the
+          dense warm-up is a fifth of the epochs
+  nested  for any size: one network with levels of 100 to 25 % of the MACs; the
+          dense warm-up is half of the epochs
   pufferfish
           another method, by its published choice of layers: stem, first block,
           shortcuts and classifier stay dense; discover is its dense warm-up,
@@ -41,11 +45,12 @@ common = types.SimpleNamespace(
 
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config; `arg` is a comma-separated list of variants."""
-  extras = ["smoke", "pufferfish"]
+  extras = ["smoke", "pufferfish", *common.WAYS]
   variants = common.variants_of(arg, extras, common.RECIPES)
   c = common.cifar10(variants)
   c.model.name = "resnet18"
   c.model.stem = "cifar"
+  common.ways(c, variants)
   if "pufferfish" in variants:
     if not c.settle.epochs:
       raise ValueError(

@@ -18,6 +18,8 @@ here. Variants, of which smoke goes with any other:
           takes to move ranks within 300 steps
   smoke   two epochs of 8 steps with an eighth of the channels, to see that
           everything runs
+  race, nested
+          for a budget, or any size: see resnet_od.py
 """
 
 import pathlib
@@ -33,6 +35,9 @@ common = types.SimpleNamespace(
 
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config; `arg` is a comma-separated list of variants."""
-  c = common.cifar10(common.variants_of(arg, ["smoke"], common.RECIPES))
+  extras = ["smoke", *common.WAYS]
+  variants = common.variants_of(arg, extras, common.RECIPES)
+  c = common.cifar10(variants)
   c.model.name = "vgg19"
+  common.ways(c, variants)
   return c.lock()

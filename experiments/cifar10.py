@@ -1,4 +1,4 @@
-"""CIFAR-10: dense against Maestro at one or two lambdas, by a config's variant.
+"""CIFAR-10: dense, nested, race, Maestro and others, by a config's variant.
 
   python -m experiments.cifar10 --variant=gpu --limit_minutes=9 --out=DIR
   python -m experiments.cifar10 --variant=gpu --network=vgg
@@ -41,7 +41,7 @@ CONFIGS = {"resnet": "configs/resnet_od.py", "vgg": "configs/vgg_od.py"}
 RUNS = pathlib.Path("runs/experiments")
 RESULTS = pathlib.Path("experiments/results")
 
-# Rows of each variant: name -> overrides of the config.
+# Rows of each variant: name -> more variants, and overrides, of the config.
 _DENSE = ["--config.method=dense"]
 _PAPER = {
   "dense": _DENSE,
@@ -51,7 +51,16 @@ _PAPER = {
 ROWS: dict[str, dict[str, list[str]]] = {
   "": _PAPER,
   "paper": _PAPER,
-  "gpu": _PAPER,
+  # In the order of what is to be known first; both phases share the epochs.
+  "gpu": {
+    "dense": _DENSE,
+    "nested": ["nested"],
+    "race_macs0.4": ["race", "--config.budget=macs:0.4"],
+    "race_macs0.2": ["race", "--config.budget=macs:0.2"],
+    "lam16e-6": ["--config.discover.lam=16e-6"],
+    "fixed_macs0.4": ["--config.method=fixed", "--config.budget=macs:0.4"],
+    "pufferfish": ["--config.method=pufferfish"],
+  },
   # Larger ones: there are only 300 steps in which they can act.
   "short": {
     "dense": _DENSE,
@@ -197,7 +206,7 @@ def _sigterm(clock: Clock) -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _train(workdir: pathlib.Path, overrides: list[str], clock: Clock) -> None:
+def _train(workdir: pathlib.Path, changes: list[str], clock: Clock) -> None:
   """Trains one row, or goes on with it.
 
   Raises:
@@ -208,6 +217,7 @@ def _train(workdir: pathlib.Path, overrides: list[str], clock: Clock) -> None:
   if clock.over:
     raise Interrupted(f"{workdir.name} is not finished")
   variants = [values.variant, "smoke" if values.smoke else ""]
+  variants += [word for word in changes if not word.startswith("--")]
   config = CONFIGS[values.network] + ":" + ",".join(filter(None, variants))
   command = [sys.executable, "-m", "maestro.main"]
   command += [f"--config={config.rstrip(':')}", f"--workdir={workdir}"]
@@ -218,6 +228,7 @@ def _train(workdir: pathlib.Path, overrides: list[str], clock: Clock) -> None:
     cache = workdir.parent / "compiled"
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.resolve()))
   with (workdir / "log.txt").open("a") as log:
+    overrides = [word for word in changes if word.startswith("--")]
     code = clock.call([*command, *overrides], log, env)
   if code in (stop.EXIT_TERMINATED, -signal.SIGTERM):
     raise Interrupted(f"{workdir.name} is not finished")

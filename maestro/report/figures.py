@@ -29,7 +29,8 @@ def figures(workdir, *, out=None):
 
   `ranks.png`: each layer's rank over the epochs; `importance.png`: spectra at
   the start, the end of discover and the end; `cost.png`: validation score and
-  cost over the epochs. They go to `workdir/report`, or to `out`; a directory
+  cost over the epochs; `levels.png`: validation score of each level of a nested
+  network. They go to `workdir/report`, or to `out`; a directory
   that is made for them holds all of them or does not exist.
   """
   workdir = pathlib.Path(workdir)
@@ -45,6 +46,7 @@ def figures(workdir, *, out=None):
     "ranks.png": lambda: _draw_ranks(records, results),
     "importance.png": lambda: _draw_importance(workdir, results),
     "cost.png": lambda: _draw_cost(records, results),
+    "levels.png": lambda: _draw_levels(records, results),
   }
   paths: list[pathlib.Path] = []
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -221,6 +223,38 @@ def _draw_cost(records, results):
     _epoch_axis(panel, records, every, words=panel is panels[0])
   for panel, ends in last:
     _label_ends(panel, ends)
+  return figure
+
+
+def _draw_levels(records, results):
+  names = [level.get("name") for level in results.get("levels") or []]
+  for score in SCORES:
+    keys = [f"val/{score}", *(f"val/{score}@{name}" for name in names[1:])]
+    curves = [_series(records, key) for key in keys]
+    if names and all(len(values) for _, values in curves):
+      break
+  else:
+    return None
+  scale, unit = (100, " (%)") if score == "accuracy" else (1, "")
+  figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+  axes, ends = figure.add_subplot(), []
+  whole, *smaller = curves
+  # Before the chain begins, there is the dense network alone.
+  first = min(epochs[0] for epochs, _ in smaller)
+  whole = whole[:, whole[0] >= first]
+  for name, (epochs, values), colour in zip(
+    names, [whole, *smaller], COLOURS, strict=False
+  ):
+    _line(axes, epochs, scale * values, color=colour)
+    end = scale * values[-1]
+    ends.append((end, f"{name}  {end:.4g}", colour))
+  axes.set(
+    title="Every level of one nested network",
+    xlabel="epoch",
+    ylabel=f"validation {score}{unit}",
+  )
+  _epoch_axis(axes, records, [epochs for epochs, _ in smaller], words=False)
+  _label_ends(axes, ends)
   return figure
 
 

@@ -16,7 +16,7 @@ from maestro import lowrank, trees
 from maestro.cost.count import count_cost
 from maestro.models import MODELS
 from maestro.runs import metrics
-from maestro.training import optim
+from maestro.training import build, optim
 from maestro.training.config import clock_of, parse
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -131,13 +131,36 @@ def test_every_row_overrides_keys_that_the_config_has():
   assert set(cifar10.ROWS) == set(RECIPES)
   for recipe, rows in cifar10.ROWS.items():
     assert next(iter(rows)) == "dense" and len(rows) >= 2
-    for overrides in rows.values():
-      for override in overrides:
+    for changes in rows.values():
+      words = [word for word in changes if not word.startswith("--")]
+      for network in ("resnet_od", "vgg_od"):
+        get(network, ",".join(filter(None, [recipe, *words])))
+      for override in filter(lambda word: word not in words, changes):
         key, _, value = override.removeprefix("--config.").partition("=")
         node = get("resnet_od", recipe).to_dict()
         for part in key.split("."):
           node = node[part]
-        assert type(node)(value) is not None
+        assert node is None or type(node)(value) is not None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("recipe", ["", "gpu", "short"])
+def test_race_and_nested_share_the_epochs_of_a_recipe(name, recipe):
+  whole = get(name, recipe)
+  total = whole.discover.epochs + whole.settle.epochs
+  for way in ("race", "nested"):
+    c = get(name, ",".join(filter(None, [recipe, way])))
+    assert c.method == way and (c.budget is None) == (way == "nested")
+    assert c.discover.epochs + c.settle.epochs == total
+    build.check(parse(c.to_dict()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_race_and_nested_exclude_each_other_and_the_paper(name):
+  with pytest.raises(ValueError, match=r"choose one of .*race, nested"):
+    get(name, "race,nested")
+  with pytest.raises(ValueError, match="not with paper"):
+    get(name, "race,paper")
 
 
 def test_published_rows_say_what_is_not_available():

@@ -995,7 +995,15 @@ def test_pufferfish_resnet18_has_its_published_size():
     c.method,
     build.settings(c),
     binding.Subject(
-      model, layers, size, lambda: shapes, lambda n: (), jax.random.key(2)
+      model=model,
+      layers=layers,
+      dense=size,
+      shapes=shapes,
+      initial=lambda: shapes,
+      batches=lambda n: (),
+      key=jax.random.key(2),
+      calibration=jax.random.key(3),
+      classifies=True,
     ),
   )
   found = {}
