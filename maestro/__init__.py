@@ -17,6 +17,7 @@ from maestro.lowrank import (
   shrink,
   truncate,
 )
+from maestro.methods.fisher import reorder
 from maestro.trees import LayerSpec, LowRankError
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
   "merge",
   "nn",
   "ops",
+  "reorder",
   "sampling",
   "shrink",
   "truncate",

@@ -17,6 +17,8 @@ is ever exceeded. Rules:
 
 greedy and dp measure losses on one batch of training examples. The networks
 are judged on the validation split, with batch-norm statistics of their own.
+--reorder first brings components into the order of what losing them does to the
+loss, for checkpoints whose training has not ordered them jointly.
 Writes pareto.json and pareto.png to --out; each of the file's rows is a profile
 ({"ranks": ...}) as well.
 """
@@ -34,6 +36,7 @@ from maestro import cli
 from maestro import data as data_lib
 from maestro.cost.budget import Budget
 from maestro.deploy.choose import RULES, Options, allocate
+from maestro.deploy.reorder import reordered
 from maestro.errors import UserError
 from maestro.report import pareto
 from maestro.runs import provenance
@@ -55,6 +58,7 @@ def _define_flags() -> None:
     build.CHECKPOINTS,
     "The newest, or the end of discover, which is ordered but not settled.",
   )
+  flags.DEFINE_bool("reorder", False, "Bring components into fisher order.")
   flags.DEFINE_string(
     "out", None, "Where results go; the default is WORKDIR/pareto."
   )
@@ -85,6 +89,8 @@ def main(argv: list[str]) -> None:
   run = build.open_run(values.workdir, values.checkpoint, values.data_dir)
   dataset = data_lib.make(**run.config.data)
   start = time.monotonic()
+  if values.reorder:
+    run = reordered(run, dataset)
   rows = allocate(
     run,
     budgets,
@@ -101,6 +107,7 @@ def main(argv: list[str]) -> None:
     "checkpoint": values.checkpoint,
     "step": run.step,
     "rule": values.rule,
+    "reorder": values.reorder,
     "options": options,
     "git": provenance.git_commit(),
     "device": f"{device.platform}: {device.device_kind}",

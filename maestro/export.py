@@ -27,6 +27,7 @@ from maestro import data as data_lib
 from maestro.deploy import artifact
 from maestro.deploy import choose as allocate
 from maestro.deploy.export import STABLEHLO, Options, choose_sizes, export
+from maestro.deploy.reorder import reordered
 from maestro.errors import UserError
 from maestro.training import build
 
@@ -48,6 +49,12 @@ def define_flags() -> None:
     None,
     allocate.RULES,
     "How ranks are chosen; the default is greedy, and dp for --profiles.",
+  )
+  flags.DEFINE_bool(
+    "reorder",
+    False,
+    "First bring components into the order of what losing them does to the"
+    " loss, on 512 training examples.",
   )
   flags.DEFINE_string(
     "data_dir", None, "Prepared data; the default is TFDS_DATA_DIR."
@@ -88,6 +95,8 @@ def main(argv: list[str]) -> None:
   except data_lib.DataError as error:
     print(f"without the data set: {error}")
     dataset = None
+  if values.reorder:
+    run = reordered(run, dataset)
   sizes = choose_sizes(
     run,
     budget=values.budget,

@@ -273,6 +273,11 @@ def _choose(
   oracle: Oracle, rule: str, budgets: Sequence[Budget | str]
 ) -> list[tuple[Budget, Ranks]]:
   """Returns each budget with its profile."""
+  if oracle.run.levels:
+    raise UserError(
+      f"{oracle.run.workdir} is a nested run: profiles off its chain lose tens"
+      " of points. results.json has its levels, and maestro.export serves them"
+    )
   if rule not in RULES:
     raise UserError(f"--rule={rule}: unknown; use one of {', '.join(RULES)}")
   wanted = [Budget.parse(b) if isinstance(b, str) else b for b in budgets]

@@ -154,6 +154,13 @@ METHODS: dict[str, Method] = {
       decomposer={"name": "data", "examples": 512},
       ranks=QUARTER,
     ),
+    # The same, for what losing a component does to the loss.
+    Method(
+      "fisher_svd",
+      decompose="end",
+      decomposer={"name": "fisher", "examples": 512},
+      ranks=QUARTER,
+    ),
     # Wang et al., MLSys 2021: a dense warm-up (discover), then a quarter of
     # the rank. Which layers stay dense is config.rules: see resnet_od.py.
     Method("pufferfish", decompose="settle", ranks=QUARTER),

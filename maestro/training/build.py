@@ -244,7 +244,7 @@ def make_training(c: Config) -> Training:
       dense=dense,
       shapes=shapes["params"],
       initial=lambda: random()[0],
-      batches=functools.partial(_batches, dataset),
+      batches=functools.partial(batches, dataset),
       key=streams.stream(c.seed, "factors"),
       calibration=streams.stream(c.seed, "calibration"),
       classifies=facts.num_classes is not None,
@@ -359,7 +359,7 @@ def _dispatch_size(steps_per_epoch: int) -> int:
   return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
 
 
-def _batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
+def batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
   """Preprocesses a fixed choice of training examples."""
   split = dataset.train
   order = data_lib.choice(0, len(split))[:examples]

@@ -1,0 +1,70 @@
+"""A run in fisher order: the same function, cut with less loss."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from maestro import data, lowrank
+from maestro.deploy import choose, reorder
+from maestro.errors import UserError
+from maestro.report import figures
+from maestro.training import build, loop
+
+PHASE = {"schedule": {"name": "constant", "learning_rate": 0.05}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A network that was trained densely, and factored by SVD afterwards."""
+  config = {
+    "model": {"name": "mlp", "features": [32, 24]},
+    "data": {"name": "digits"},
+    "batch_size": 64,
+    "optimizer": {"name": "sgd", "momentum": 0.9},
+    "method": {"name": "svd", "ranks": {"name": "full"}},
+    "discover": PHASE | {"epochs": 8},
+    "settle": PHASE | {"epochs": 0},
+    "num_devices": 1,
+  }
+  workdir = tmp_path_factory.mktemp("run")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(figures, "figures", lambda workdir: None)
+    loop.train(config, workdir)
+  return build.open_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+  return data.make("digits")
+
+
+def logits(run, dataset, ranks=None):
+  params = run.params if ranks is None else lowrank.mask(run.params, ranks)
+  x = dataset.preprocess(dataset.val.inputs)
+  return run.model.apply({"params": params}, x)
+
+
+def test_the_function_stays_and_prefixes_lose_less(run, dataset):
+  new = reorder.reordered(run, dataset)
+  want = np.asarray(logits(run, dataset))
+  scale = np.abs(want).max()
+  np.testing.assert_allclose(logits(new, dataset), want, atol=1e-5 * scale)
+  (tree,) = choose.choose_profiles(run, ["macs:0.3"], rule="uniform")
+  errors = [
+    np.mean((np.asarray(logits(r, dataset, tree)) - want) ** 2)
+    for r in (run, new)
+  ]
+  assert errors[1] < 0.7 * errors[0]
+
+
+def test_what_cannot_be_reordered_is_told(run, dataset):
+  with pytest.raises(UserError, match="needs training data"):
+    reorder.reordered(run, None)
+  with pytest.raises(UserError, match="no layer of this run is factored"):
+    reorder.reordered(dataclasses.replace(run, ranks={}), dataset)
+  nested = dataclasses.replace(run, levels={"ranks": {}})
+  with pytest.raises(UserError, match="levels of a nested network"):
+    reorder.reordered(nested, dataset)
+  with pytest.raises(UserError, match="off its chain"):
+    choose.choose_profiles(nested, ["macs:0.5"], rule="uniform")
