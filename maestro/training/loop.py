@@ -21,13 +21,12 @@ from maestro import introspect as nn
 from maestro import lowrank
 from maestro.cost.count import count_cost
 from maestro.errors import Interrupted
-from maestro.methods.nested import Nested
 from maestro.parallel.mesh import make_mesh, replicate
 from maestro.report import figures
 from maestro.report.tables import layer_table, level_table
 from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build, levels, optim, race
+from maestro.training import build, chain, optim, race
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
 from maestro.training.durations import every
@@ -115,7 +114,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
             state = _enter_settle(t, state, ledger, c.truncate)
           else:  # whose winner has made some steps
             state = race.race(t, t.method.race, state, arrays, ledger, **shared)
-          if int(state.step) > step:
+          if step < int(state.step) < t.clock.total:
             _save(checkpoints, state, ledger, started, t)
           step = int(state.step)
           end = end_of_round(t, ledger, step)
@@ -154,7 +153,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         if last or discovered or every(step, t.periods.evaluate):
           (values,) = _evaluate(t, state, ledger, t.dataset.val)
           record |= {f"val/{key}": value for key, value in values.items()}
-          record |= _evaluate_levels(t, state, ledger)
+          record |= chain.evaluate(t, state, ledger)
           check_finite(record, step, checkpoints)
         record |= rank_record(t.layers, state)
         record["examples_per_second"] = done.examples_per_second
@@ -185,7 +184,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     write_spectra(workdir, "final", state)
     ledger.wall_seconds = time.monotonic() - started
     scores = {"val": val, "test": test}
-    rows = _level_rows(t, state, ledger)
+    rows = chain.rows(t, state, ledger)
     results = results_of(
       config, ledger, t.layers, t.dense, final, state, scores
     )
@@ -325,32 +324,12 @@ def _shrink(
   return state
 
 
-def _enter_chain(
-  t: Training, nested: Nested, state: TrainState, ledger: Ledger
-) -> TrainState:
-  """Returns factors in fisher order, and the levels of a nested network."""
-  params, profiles = nested.start(state.params, state.batch_stats)
-  _, tx = t.optimizer(ledger.discover_steps)
-  chain = levels.stacked(profiles, state.batch_stats, t.layers)
-  ranks = jax.tree.map(lambda x: x[0], chain["ranks"])
-  params = lowrank.truncate(params, jax.device_get(ranks))
-  ledger.macs += 3 * nested.options.examples * t.dense.macs
-  ledger.ranks = plain_ranks(ranks)
-  state = state.replace(
-    params=params,
-    ranks=ranks,
-    opt_state=optim.restart(tx, params, state.step),
-    levels=chain,
-  )
-  return replicate(state, t.mesh)
-
-
 def _enter_settle(
   t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
 ) -> TrainState:
   """Returns factors at the ranks that were found, or their first factors."""
   if t.method.nested is not None:
-    return _enter_chain(t, t.method.nested, state, ledger)
+    return chain.enter(t, t.method.nested, state, ledger)
   if t.method.decompose_at != "settle":
     return _cut(t, at_ranks(state, t.method.fit(state.ranks)), ledger, truncate)
   state = _decompose(t, state, ledger)
@@ -438,42 +417,3 @@ def _evaluate(
     variables = t.recalibrate(variables)
   ledger.compiles(f"evaluate, {form}")
   return [t.evaluate(variables, split) for split in splits]
-
-
-def _evaluate_levels(
-  t: Training, state: TrainState, ledger: Ledger
-) -> dict[str, float]:
-  """Validation metrics of all levels but the largest, by one program."""
-  record = {}
-  if not state.levels or t.method.nested is None:
-    return {}
-  names = t.method.nested.options.names
-  for name, (ranks, stats) in zip(
-    names[1:], levels.split(state.levels)[1:], strict=True
-  ):
-    ledger.compiles(f"evaluate levels, {form_of(state.params)}")
-    values = t.evaluate(
-      replicate(levels.variables(state.params, ranks, stats), t.mesh),
-      t.dataset.val,
-    )
-    record |= {f"val/{key}@{name}": value for key, value in values.items()}
-  return record
-
-
-def _level_rows(
-  t: Training, state: TrainState, ledger: Ledger
-) -> list[dict[str, Any]]:
-  """Every level's network, cut out and merged, evaluated on val and test."""
-
-  def score(variables):
-    ledger.compiles(f"evaluate, {form_of(variables['params'])}")
-    variables = replicate(variables, t.mesh)
-    return {
-      "val": t.evaluate(variables, t.dataset.val),
-      "test": t.evaluate(variables, t.dataset.test),
-    }
-
-  if t.method.nested is None:
-    return []
-  names = t.method.nested.options.names
-  return levels.rows_of(state, names, t.layers, score)

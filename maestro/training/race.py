@@ -73,6 +73,9 @@ class _Quiet(Writer):
   def write(self, step, epoch, values):
     del step, epoch, values
 
+  def message(self, text):
+    self._writer.message(text)
+
   def progress(self, step, text="", *, examples_per_second=None):
     text = f"race: {self._name} {text}"
     self._writer.progress(step, text, examples_per_second=examples_per_second)

@@ -200,12 +200,15 @@ def test_a_budget_without_settle_cuts_after_the_last_step(tmp_path):
   assert record["val/loss"] == pytest.approx(found, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["pufferfish", "trp", "prox"])
+@pytest.mark.parametrize(
+  "name", ["nested", "pufferfish", "race", "trp", "prox"]
+)
 def test_eight_devices_do_as_one(name, tmp_path):
   found = []
   for devices in (1, 8):
     workdir = tmp_path / str(devices)
-    method = {"name": name, "budget": "macs:0.5"}
+    method = {"name": name}
+    method |= {} if name == "nested" else {"budget": "macs:0.5"}
     found.append(
       train.train(config(method, num_devices=devices), workdir)["final"]
     )

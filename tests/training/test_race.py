@@ -159,6 +159,13 @@ def test_a_candidate_trains_as_if_it_were_alone(finished):
   assert trees.factored(found[0].params)["fc1"]["u"].shape == (64, 5)
 
 
+def test_a_settle_phase_may_be_shorter_than_its_race(tmp_path):
+  c = config()
+  c["settle"] = c["settle"] | {"epochs": None, "length": "steps:5"}
+  results = loop.train(c, tmp_path)
+  assert results["steps"] == 21 and results["race"]["heats"]
+
+
 def test_one_proposal_needs_no_race(tmp_path, capsys):
   results = loop.train(config(budget="macs:1.0"), tmp_path)
   assert results["race"]["heats"] == [] and results["race"]["macs"] == 0

@@ -1,0 +1,72 @@
+"""A nested network in the loop: how its chain begins and is evaluated."""
+
+from typing import Any
+
+import jax
+
+from maestro import lowrank
+from maestro.methods.nested import Nested
+from maestro.parallel.mesh import replicate
+from maestro.training import levels, optim
+from maestro.training.build import Training
+from maestro.training.results import Ledger
+from maestro.training.state import TrainState, form_of, plain_ranks
+
+
+def enter(
+  t: Training, nested: Nested, state: TrainState, ledger: Ledger
+) -> TrainState:
+  """Returns factors in fisher order, and the levels of a nested network."""
+  params, profiles = nested.start(state.params, state.batch_stats)
+  _, tx = t.optimizer(ledger.discover_steps)
+  made = levels.stacked(profiles, state.batch_stats, t.layers)
+  ranks = jax.tree.map(lambda x: x[0], made["ranks"])
+  params = lowrank.truncate(params, jax.device_get(ranks))
+  ledger.macs += 3 * nested.options.examples * t.dense.macs
+  ledger.ranks = plain_ranks(ranks)
+  state = state.replace(
+    params=params,
+    ranks=ranks,
+    opt_state=optim.restart(tx, params, state.step),
+    levels=made,
+  )
+  return replicate(state, t.mesh)
+
+
+def evaluate(
+  t: Training, state: TrainState, ledger: Ledger
+) -> dict[str, float]:
+  """Validation metrics of all levels but the largest, by one program."""
+  record = {}
+  if not state.levels or t.method.nested is None:
+    return {}
+  names = t.method.nested.options.names
+  for name, (ranks, stats) in zip(
+    names[1:], levels.split(state.levels)[1:], strict=True
+  ):
+    ledger.compiles(f"evaluate levels, {form_of(state.params)}")
+    values = t.evaluate(
+      replicate(levels.variables(state.params, ranks, stats), t.mesh),
+      t.dataset.val,
+    )
+    record |= {f"val/{key}@{name}": value for key, value in values.items()}
+  return record
+
+
+def rows(
+  t: Training, state: TrainState, ledger: Ledger
+) -> list[dict[str, Any]]:
+  """Every level's network, cut out and merged, evaluated on val and test."""
+
+  def score(variables):
+    ledger.compiles(f"evaluate, {form_of(variables['params'])}")
+    variables = replicate(variables, t.mesh)
+    return {
+      "val": t.evaluate(variables, t.dataset.val),
+      "test": t.evaluate(variables, t.dataset.test),
+    }
+
+  if t.method.nested is None:
+    return []
+  names = t.method.nested.options.names
+  return levels.rows_of(state, names, t.layers, score)
