@@ -109,7 +109,8 @@ class Config:
     method: a name in `maestro.methods.METHODS`, such as "maestro" (the default)
       or "dense" for the same run without factors; or a mapping of that name and
       pieces of `Method` that replace its own.
-    budget: of the final network, such as "macs:0.25", in place of the method's.
+    budget: of the final network, such as "macs:0.25", in place of the method's;
+      a dense baseline leaves it aside.
     rules: sections of `maestro.Rule`: which layers are decomposed.
     seed: of all random numbers, see `maestro.training.streams`.
     loss: "cross_entropy" or "squared_error".
@@ -167,7 +168,8 @@ def parse(config: Mapping[str, Any]) -> Config:
       f"config: a {type(config).__name__}, expected a mapping of sections"
     )
   method = parse_method(config.get("method", "maestro"))
-  if (budget := config.get("budget")) is not None:
+  budget = config.get("budget")
+  if budget is not None and method.decompose is not None:  # dense has none
     method = dataclasses.replace(method, budget=budget)
   c = Config(**bind(Config, dict(config) | {"method": method}, "config"))
   clock_of(c, 1)  # whatever an epoch is, no training stays none
