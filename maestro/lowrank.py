@@ -39,7 +39,6 @@ from maestro.trees import (
   check_factors,
   check_rank,
   component_axes,
-  factor_names,
   factored,
   find_lead,
   flatten_ranks,
@@ -54,6 +53,7 @@ from maestro.trees import (
   to_matrix,
   unboxed,
   unflatten_ranks,
+  with_factors,
 )
 
 
@@ -175,16 +175,7 @@ def decompose(
       left[..., :rank] * root[..., None, :],
     )
     v = jnp.where(dead, 0.0, root)[..., :, None] * right[..., :rank, :]
-    shape_u, shape_v = spec.factor_shapes(rank)
-    u = u.reshape(shape_u).astype(kernel.dtype)
-    v = v.reshape(shape_v).astype(kernel.dtype)
-    if names := getattr(box, "names", None):
-      names_u, names_v = factor_names(names, spec)
-      u, v = boxed(u, box, names_u), boxed(v, box, names_v)
-    changes[path] = {k: x for k, x in node.items() if k != spec.weight} | {
-      "u": u,
-      "v": v,
-    }
+    changes[path] = with_factors(get(params, path), u, v, spec)
   return replace(params, changes)
 
 

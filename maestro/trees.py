@@ -202,6 +202,27 @@ def kernel_names(u: tuple, v: tuple, spec: LayerSpec) -> tuple:
   return (*lead, *u[n:-1], *v[n + 1 :])
 
 
+def with_factors(node: Tree, u: Any, v: Any, spec: LayerSpec) -> dict:
+  """Returns a layer's parameters with factors in place of its dense weight.
+
+  Args:
+    node: its parameters; of a boxed weight the factors get the names.
+    u: [*lead, in, R].
+    v: [*lead, R, out].
+    spec: of the layer.
+  """
+  box, plain = node[spec.weight], unboxed(node)
+  shape_u, shape_v = spec.factor_shapes(u.shape[-1])
+  dtype = plain[spec.weight].dtype
+  u = jnp.asarray(u.reshape(shape_u), dtype)
+  v = jnp.asarray(v.reshape(shape_v), dtype)
+  if names := getattr(box, "names", None):
+    names_u, names_v = factor_names(names, spec)
+    u, v = boxed(u, box, names_u), boxed(v, box, names_v)
+  rest = {name: x for name, x in plain.items() if name != spec.weight}
+  return rest | {"u": u, "v": v}
+
+
 # ---------------------------------------------------------------------------
 # Ranks
 # ---------------------------------------------------------------------------

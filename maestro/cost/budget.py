@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -272,10 +272,11 @@ def rank_tree(now: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> dict:
 
 
 BUDGETS = ("macs", "params")
+WHERE = "config.budget, or config.method.budget"  # in messages
 
 
-def parse_budget(text: str) -> Budget:
-  """Reads "macs:0.5" or "params:0.5".
+def parse_budget(text: str, kinds: Sequence[str] = BUDGETS) -> Budget:
+  """Reads a budget whose costs are known before training, as "macs:0.5".
 
   Raises:
     ConfigError: it is no budget, or of another kind.
@@ -283,11 +284,11 @@ def parse_budget(text: str) -> Budget:
   try:
     budget = Budget.parse(text)
   except BudgetError as error:
-    raise ConfigError(f"config.method.budget: {error}") from error
-  if budget.kind not in BUDGETS:
+    raise ConfigError(f"{WHERE}: {error}") from error
+  if budget.kind not in kinds:
     raise ConfigError(
-      f"config.method.budget: {text!r} is of another kind than {BUDGETS}, which"
-      " are known before training"
+      f"{WHERE}: {text!r} is of another kind than {tuple(kinds)}, which are"
+      " known before training"
     )
   return budget
 
@@ -361,7 +362,7 @@ def fit_budget(
   )
   if spent > most:
     raise ConfigError(
-      f"config.method.budget: {budget!r} is below what rank 1 in every factored"
+      f"{WHERE}: {budget!r} is below what rank 1 in every factored"
       " layer costs; raise it, or let config.rules select more layers"
     )
   rises = {

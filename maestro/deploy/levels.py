@@ -8,7 +8,7 @@ import numpy as np
 
 from maestro import trees
 from maestro.cost.budget import COSTS, Budget, BudgetError, Ranks, cost_tables
-from maestro.methods import nested
+from maestro.training import chain
 from maestro.training import levels as levels_lib
 from maestro.training.build import Run
 
@@ -18,10 +18,7 @@ def trained(run: Run) -> list[tuple[Budget, Any, Any]]:
 
   [] for a run of one size, or one that has not begun to settle.
   """
-  if not run.levels:
-    return []
-  names = nested.options_of(run.config.method.nested or {}).names
-  found = zip(names, levels_lib.split(run.levels), strict=True)
+  found = zip(chain.names_of(run), levels_lib.split(run.levels), strict=True)
   return [(Budget.parse(name), *level) for name, level in found]
 
 
@@ -66,17 +63,17 @@ def _between(run: Run, budget: Budget) -> tuple[Ranks, Any]:
   """
   tables = cost_tables(run.layers, run.params, run.ranks, budget.kind)
   limit = budget.limit(tables.dense)
-  chain = [_profile(tree) for _, tree, _ in trained(run)][::-1]
-  fitting = [ranks for ranks in chain if tables.total(ranks) <= limit]
+  profiles = [_profile(tree) for _, tree, _ in trained(run)][::-1]
+  # Of another kind of cost, a larger level may cost less.
+  fitting = [i for i, r in enumerate(profiles) if tables.total(r) <= limit]
   if not fitting:
-    least = tables.total(chain[0]) / tables.dense
+    least = tables.total(profiles[0]) / tables.dense
     raise BudgetError(
       f"budget {budget} is below the smallest level of this nested network,"
       f" {budget.kind}:{np.ceil(1e4 * least) / 1e4:.4f}; train one with a"
       " smaller level (config.method.nested.levels)"
     )
-  low = fitting[-1]
-  above = chain[len(fitting) : len(fitting) + 1]
+  low, *above = profiles[fitting[-1] :]
   high = above[0] if above else low
 
   def at(t: float) -> Ranks:
@@ -107,8 +104,8 @@ def _profile(tree: Any) -> Ranks:
 def off_chain(run: Run, tree: Any) -> bool:
   """Whether ranks are none of a nested run's levels, nor between two."""
   profile = _profile(tree)
-  chain = [_profile(t) for _, t, _ in trained(run)]
-  for high, low in itertools.pairwise(chain):
+  profiles = [_profile(t) for _, t, _ in trained(run)]
+  for high, low in itertools.pairwise(profiles):
     if all(low[p] <= r <= high[p] for p, r in profile.items() if p in low):
       return False
-  return bool(chain)
+  return bool(profiles)

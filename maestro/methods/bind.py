@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from maestro import lowrank, schema, trees
-from maestro.cost.budget import fit_budget, parse_budget
+from maestro.cost.budget import WHERE, fit_budget, parse_budget
 from maestro.cost.count import Cost
 from maestro.introspect import mode
 from maestro.lowrank import Rule
@@ -224,7 +224,7 @@ def check(m: Method, settings: Settings) -> None:
     parse_budget(m.budget)
     if m.decompose is None or m.decomposer["name"] == "adapter":
       raise ConfigError(
-        "config.method.budget: this method ends with dense kernels, so that it"
+        f"{WHERE}: this method ends with dense kernels, so that it"
         " cannot meet one; remove it"
       )
   if m.proximal and m.penalty != "group_lasso":
@@ -308,16 +308,10 @@ def _plans(
     nested.limits_of(chain)  # one that cannot be met shows now
     return None, chain
   budget = race.parse(m.budget)
-  plan = race.Race(
-    race.options_of(m.race or {}),
-    tables(budget.kind),
-    limits,
-    s.layers,
-    str(m.budget),
-    see,
-  )
-  race.limit_of(plan.tables, budget)
-  return plan, None
+  costs = tables(budget.kind)
+  limit = race.limit_of(costs, budget)
+  options = race.options_of(m.race or {})
+  return race.Race(options, costs, limits, s.layers, limit, see), None
 
 
 def selected(rules: Sequence[Rule], s: Subject) -> dict[str, int]:
@@ -434,9 +428,7 @@ class _Ranks:
   def __init__(self, m: Method, rules: Sequence[Rule], subject: Subject):
     self._m, self._s, self._rule = m, subject, _rank_rule(m)
     self.limits = selected(rules, subject)
-    if (
-      m.budget is not None and m.race is None
-    ):  # one that cannot be met shows now
+    if m.budget is not None and m.race is None:  # an impossible one shows now
       self._fit(dict.fromkeys(self.limits, 1), dict.fromkeys(self.limits, 1))
 
   def _spectra(self, params: Tree) -> Spectra:

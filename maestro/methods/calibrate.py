@@ -132,6 +132,32 @@ def _check_finite(path: str, **values: Any) -> None:
 # ---------------------------------------------------------------------------
 
 
+def dense_matrix(params: Tree, spec: LayerSpec, path: str) -> np.ndarray:
+  """Returns the kernel K [*lead, in, out] of a layer in float64.
+
+  Raises:
+    CalibrationError: there is none of the shape that `spec` says, or it is
+      complex or not finite.
+  """
+  node = trees.get(params, path)
+  node = trees.unboxed(node) if isinstance(node, Mapping) else {}
+  shape = jnp.shape(node[spec.weight]) if spec.weight in node else None
+  if "u" in node or shape != spec.kernel_shape:
+    raise CalibrationError(
+      f"layer {path!r}: expected a dense {spec.weight!r} of shape"
+      f" {spec.kernel_shape} to decompose, found"
+      f" {'factors' if 'u' in node else shape}"
+    )
+  if jnp.iscomplexobj(node[spec.weight]):
+    raise CalibrationError(
+      f"layer {path!r}: its {spec.weight!r} is complex, for which there is no"
+      " decomposition by data; decompose it without (maestro.decompose)"
+    )
+  k = np.asarray(trees.to_matrix(node[spec.weight], spec), np.float64)
+  _check_finite(path, weights=k)
+  return k
+
+
 def _matrices(
   params: Tree,
   layers: Mapping[str, LayerSpec],
@@ -145,16 +171,8 @@ def _matrices(
       " second_moments(model, variables, batches, layers), or decompose the"
       " layer without data (maestro.decompose)"
     )
-  spec, node = layers[path], trees.get(params, path)
-  node = node if isinstance(node, Mapping) else {}
-  shape = jnp.shape(node[spec.weight]) if spec.weight in node else None
-  if "u" in node or shape != spec.kernel_shape:
-    raise CalibrationError(
-      f"layer {path!r}: expected a dense {spec.weight!r} of shape"
-      f" {spec.kernel_shape} to decompose, found"
-      f" {'factors' if 'u' in node else shape}"
-    )
-  k = np.asarray(trees.to_matrix(node[spec.weight], spec), np.float64)
+  spec = layers[path]
+  k = dense_matrix(params, spec, path)
   c = np.asarray(moments[path], np.float64)
   vector = (*spec.lead, spec.n_in)
   if c.shape not in (vector, (*vector, spec.n_in)):
@@ -162,7 +180,7 @@ def _matrices(
       f"layer {path!r}: second moments of shape {c.shape} do not fit its"
       f" inputs; expected {(*vector, spec.n_in)}, or {vector} for a diagonal"
     )
-  _check_finite(path, moments=c, weights=k)
+  _check_finite(path, moments=c)
   return k, c
 
 
@@ -174,7 +192,8 @@ def _check_known(moments: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
     )
 
 
-def _transpose(x: np.ndarray) -> np.ndarray:
+def transpose(x: np.ndarray) -> np.ndarray:
+  """Transposes matrices [*lead, m, n]."""
   return np.swapaxes(x, -1, -2)
 
 
@@ -185,22 +204,54 @@ def _apply(c: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _svd_basis(k: np.ndarray) -> np.ndarray:
   """Right singular vectors of K, [*lead, out, R]."""
-  return _transpose(np.linalg.svd(k, full_matrices=False)[2])
+  return transpose(np.linalg.svd(k, full_matrices=False)[2])
 
 
-def _data_basis(k: np.ndarray, c: np.ndarray) -> np.ndarray:
-  """Right singular vectors of X K, [*lead, out, R], a basis of K's rows."""
+def basis(k: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the right singular vectors of C^1/2 K, and its singular values.
+
+  Of matrices K [*lead, in, out] and C [*lead, in, in], or its diagonal
+  [*lead, in]: vectors [*lead, out, R] that span K's rows, values [*lead, R]. By
+  the eigenvectors of K^T C K: no root of C, the largest of them, is needed.
+  """
   n_in, n_out = k.shape[-2:]
   # In coordinates of K's rows, R = min(in, out) vectors always span them all:
   # full rank keeps the kernel, even what the data have no input for.
-  w = np.linalg.qr(_transpose(k))[0] if n_in < n_out else np.eye(n_out)
+  w = np.linalg.qr(transpose(k))[0] if n_in < n_out else np.eye(n_out)
   b = k @ w
   c_mean = np.mean(
     c if c.ndim < k.ndim else np.diagonal(c, axis1=-2, axis2=-1), axis=-1
   )
   ridge = np.where(c_mean > 0, _RIDGE * c_mean, 1.0)[..., None, None]
-  m = _transpose(b) @ (_apply(c, b) + ridge * b)
-  return w @ np.linalg.eigh(m)[1][..., ::-1]
+  m = transpose(b) @ (_apply(c, b) + ridge * b)
+  values, q = np.linalg.eigh(m)
+  return w @ q[..., ::-1], np.sqrt(np.maximum(values[..., ::-1], 0.0))
+
+
+def balanced(
+  u: np.ndarray, v: np.ndarray, path: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Gives both factors of each component one norm; the product stays.
+
+  What the kernel maps to zero (to the rounding of float32) has u at random and
+  v zero, so that it can still learn, see `lowrank.decompose`.
+
+  Args:
+    u: [*lead, in, R].
+    v: [*lead, R, out].
+    path: of the layer.
+  """
+  left, right = np.linalg.norm(u, axis=-2), np.linalg.norm(v, axis=-1)
+  size = np.max(left * right, axis=-1, keepdims=True, initial=0.0)
+  dead = left * right <= 1e-7 * size
+  scale = np.sqrt(right / np.where(dead, 1.0, left))
+  scale = np.where(dead, 1.0, scale)
+  u = np.where(
+    dead[..., None, :],
+    fresh(path, u.shape, jnp.float32),
+    u * scale[..., None, :],
+  )
+  return u, np.where(dead[..., None], 0.0, v / scale[..., None])
 
 
 def decompose(
@@ -237,21 +288,10 @@ def decompose(
     if rank is None:
       continue
     k, c = _matrices(params, layers, moments, path)
-    spec, node = layers[path], trees.get(params, path)
-    q = _data_basis(k, c)[..., :rank]
-    u = k @ q
-    root = np.sqrt(np.linalg.norm(u, axis=-2, keepdims=True))  # [*lead, 1, R]
-    u = u / np.where(root > 0, root, 1.0)
-    v = _transpose(root * q)
-    # What the kernel maps to zero can still learn, see `lowrank.decompose`.
-    shape = (*spec.lead, spec.n_in, rank)
-    u = np.where(root > 0, u, fresh(path, shape, jnp.float32))
-    dtype = node[spec.weight].dtype
-    shape_u, shape_v = spec.factor_shapes(rank)
-    changes[path] = {x: y for x, y in node.items() if x != spec.weight} | {
-      "u": jnp.asarray(u.reshape(shape_u), dtype),
-      "v": jnp.asarray(v.reshape(shape_v), dtype),
-    }
+    q = basis(k, c)[0][..., :rank]
+    u, v = balanced(k @ q, transpose(q), path)
+    node = trees.get(params, path)
+    changes[path] = trees.with_factors(node, u, v, layers[path])
   return trees.replace(params, changes)
 
 
@@ -282,7 +322,7 @@ def compare(
     k, c = _matrices(params, layers, moments, path)
     table[path] = {
       "svd": _errors(k, c, _svd_basis(k)),
-      "data": _errors(k, c, _data_basis(k, c)),
+      "data": _errors(k, c, basis(k, c)[0]),
     }
   return table
 

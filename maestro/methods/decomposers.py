@@ -54,7 +54,7 @@ def random(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
   changes = {}
   for path, rank, key_u, key_v in _selected(rules, layers, key):
     spec, node = layers[path], trees.get(params, path)
-    kernel = node[spec.weight]
+    kernel = trees.unboxed(node)[spec.weight]
     _check_finite(path, kernel)
     square = jnp.mean(kernel.astype(jnp.float32) ** 2)
     # Of a kernel of zeros: u as in an adapter and v zero, which can learn.
@@ -62,10 +62,9 @@ def random(params: Tree, rules, layers: Layers, *, moments, key) -> dict:
     scale_u = jnp.where(square == 0, spec.n_in**-0.5, root)
     scale_u, root = scale_u.astype(kernel.dtype), root.astype(kernel.dtype)
     shape_u, shape_v = spec.factor_shapes(rank)
-    changes[path] = {k: x for k, x in node.items() if k != spec.weight} | {
-      "u": scale_u * jax.random.normal(key_u, shape_u, kernel.dtype),
-      "v": root * jax.random.normal(key_v, shape_v, kernel.dtype),
-    }
+    u = scale_u * jax.random.normal(key_u, shape_u, kernel.dtype)
+    v = root * jax.random.normal(key_v, shape_v, kernel.dtype)
+    changes[path] = trees.with_factors(node, u, v, spec)
   return trees.replace(params, changes)
 
 

@@ -25,13 +25,11 @@ import numpy as np
 from maestro import lowrank, trees
 from maestro import taps as taps_lib
 from maestro.lowrank import Rule
-from maestro.methods.calibrate import CalibrationError
-from maestro.svd import fresh
+from maestro.methods import calibrate
+from maestro.methods.calibrate import CalibrationError, transpose
 from maestro.trees import LayerSpec, Tree
 
-# Weights of what the data say nothing of, relative to mean eigenvalues: of A,
-# so that no direction is free; of G, whose inverse root is taken.
-_RIDGE_IN = 1e-6
+# Added to G, whose inverse root is taken, relative to its mean eigenvalue.
 _RIDGE_OUT = 1e-3
 
 
@@ -112,6 +110,11 @@ def moments(
     y = taps_lib.apply_tapped(
       model, variables, taps, statistic, *inputs, **kwargs
     )
+    if not hasattr(y, "shape"):
+      raise CalibrationError(
+        f"{type(model).__name__} returns a {type(y).__name__}, not one array"
+        " whose gradients can be taken; wrap it in a model that does"
+      )
     z = jax.random.normal(key, y.shape, jnp.float32)
     if centred:
       z = z - jnp.mean(z, axis=-1, keepdims=True)
@@ -158,45 +161,13 @@ def _gram(x: jax.Array, y: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------
 
 
-def _t(x: np.ndarray) -> np.ndarray:
-  return np.swapaxes(x, -1, -2)
-
-
-def _mean(c: np.ndarray, diagonal: bool) -> np.ndarray:
-  c = c if diagonal else np.diagonal(c, axis1=-2, axis2=-1)
-  return np.mean(c, axis=-1)[..., None, None]
-
-
 def _roots(g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns G^1/2 and G^-1/2 of what has a ridge, [*lead, out, out]."""
-  mean = _mean(g, diagonal=False)
+  mean = np.mean(np.diagonal(g, axis1=-2, axis2=-1), axis=-1)[..., None, None]
   ridge = np.where(mean > 0, _RIDGE_OUT * mean, 1.0)
   values, q = np.linalg.eigh(g + ridge * np.eye(g.shape[-1]))
   root = np.sqrt(np.maximum(values, ridge[..., 0]))[..., None, :]
-  return (q * root) @ _t(q), (q / root) @ _t(q)
-
-
-def _decomposition(
-  k: np.ndarray, a: np.ndarray, g: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns u [*lead, in, R], v [*lead, R, out] and S [*lead, R] of K.
-
-  Without a root of A, which is the largest matrix: S^2 and V are the
-  eigenvalues and eigenvectors of (K G^1/2)^T A (K G^1/2), in coordinates of the
-  rows of K G^1/2, so that R = min(in, out) vectors span them all.
-  """
-  n_in, n_out = k.shape[-2:]
-  root, inverse = (np.eye(n_out), np.eye(n_out)) if g is None else _roots(g)
-  b = k @ root
-  w = np.linalg.qr(_t(b))[0] if n_in < n_out else np.eye(n_out)
-  c = b @ w
-  mean = _mean(a, a.ndim < k.ndim)
-  ridge = np.where(mean > 0, _RIDGE_IN * mean, 1.0)
-  applied = a[..., None] * c if a.ndim < k.ndim else a @ c
-  values, q = np.linalg.eigh(_t(c) @ (applied + ridge * c))
-  q = w @ q[..., ::-1]
-  s = np.sqrt(np.maximum(values[..., ::-1], 0.0))
-  return b @ q, _t(q) @ inverse, s
+  return (q * root) @ transpose(q), (q / root) @ transpose(q)
 
 
 def _checked(
@@ -219,7 +190,7 @@ def _checked(
       f"layer {path!r}: its weights or moments are not all finite"
     )
   # Rounding in float32 leaves them a little asymmetric.
-  return [x if x.ndim < k.ndim else (x + _t(x)) / 2 for x in arrays]
+  return [x if x.ndim < k.ndim else (x + transpose(x)) / 2 for x in arrays]
 
 
 def _of(moments: Mapping[str, Moments], path: str) -> Moments:
@@ -236,21 +207,9 @@ def _factors(
 ) -> tuple[np.ndarray, np.ndarray]:
   """The first components in fisher order; both factors of one norm."""
   _, a, g = _checked(k, found, spec, path)
-  u, v, _ = _decomposition(k, a, g)
-  u, v = u[..., :rank], v[..., :rank, :]
-  left = np.linalg.norm(u, axis=-2)
-  right = np.linalg.norm(v, axis=-1)
-  # What the kernel maps to zero can still learn, see `lowrank.decompose`.
-  size = np.max(left * right, axis=-1, keepdims=True, initial=0.0)
-  dead = left * right <= 1e-7 * size
-  scale = np.sqrt(right / np.where(dead, 1.0, left))
-  u = np.where(
-    dead[..., None, :],
-    fresh(path, u.shape, jnp.float32),
-    u * np.where(dead, 0.0, scale)[..., None, :],
-  )
-  v = v * np.where(dead, 0.0, 1 / np.where(dead, 1.0, scale))[..., None]
-  return u, v
+  root, inverse = _roots(g)
+  q = calibrate.basis(k @ root, a)[0][..., :rank]
+  return calibrate.balanced(k @ root @ q, transpose(q) @ inverse, path)
 
 
 def decompose(
@@ -282,16 +241,9 @@ def decompose(
     if rank is None:
       continue
     spec, node = layers[path], trees.get(params, path)
-    kernel = node.get(spec.weight) if isinstance(node, Mapping) else None
-    if kernel is None or jnp.shape(kernel) != spec.kernel_shape:
-      raise CalibrationError(
-        f"layer {path!r}: expected a dense {spec.weight!r} of shape"
-        f" {spec.kernel_shape} to decompose"
-      )
-    k = np.asarray(trees.to_matrix(kernel, spec), np.float64)
+    k = calibrate.dense_matrix(params, spec, path)
     u, v = _factors(k, _of(moments, path), spec, path, rank)
-    rest = {name: x for name, x in node.items() if name != spec.weight}
-    changes[path] = rest | _stored(u, v, spec, kernel.dtype)
+    changes[path] = trees.with_factors(node, u, v, spec)
   return trees.replace(params, changes)
 
 
@@ -337,16 +289,12 @@ def reorder(
       more = [(0, 0)] * len(spec.lead)
       u = np.pad(u, [*more, (0, 0), (0, stored - size)])
       v = np.pad(v, [*more, (0, stored - size), (0, 0)])
-    changes[path] = dict(node) | _stored(u, v, spec, node["u"].dtype)
+    shape_u, shape_v = spec.factor_shapes(stored)
+    changes[path] = dict(node) | {
+      "u": jnp.asarray(u.reshape(shape_u), node["u"].dtype),
+      "v": jnp.asarray(v.reshape(shape_v), node["v"].dtype),
+    }
   return trees.replace(params, changes)
-
-
-def _stored(u: np.ndarray, v: np.ndarray, spec: LayerSpec, dtype: Any) -> dict:
-  shape_u, shape_v = spec.factor_shapes(u.shape[-1])
-  return {
-    "u": jnp.asarray(u.reshape(shape_u), dtype),
-    "v": jnp.asarray(v.reshape(shape_v), dtype),
-  }
 
 
 ORDERS = ("svd", "data", "fisher")
@@ -373,13 +321,12 @@ def lost_energy(
   tails: dict[str, dict[str, np.ndarray]] = {order: {} for order in ORDERS}
   for path, found in moments.items():
     spec = layers[path]
-    kernel = trees.get(params, path)[spec.weight]
-    k = np.asarray(trees.to_matrix(kernel, spec), np.float64)
+    k = calibrate.dense_matrix(params, spec, path)
     inputs, weighted, outputs = _checked(k, found, spec, path)
     spectra = (
       np.linalg.svd(k, compute_uv=False),
-      _decomposition(k, inputs, None)[2],
-      _decomposition(k, weighted, outputs)[2],
+      calibrate.basis(k, inputs)[1],
+      calibrate.basis(k @ _roots(outputs)[0], weighted)[1],
     )
     for order, s in zip(ORDERS, spectra, strict=True):
       square = np.sum((s**2).reshape((-1, s.shape[-1])), axis=0)

@@ -20,7 +20,7 @@ from typing import Any
 
 from maestro import schema
 from maestro.cost.allocation import knapsack
-from maestro.cost.budget import Budget, Ranks, Tables
+from maestro.cost.budget import COSTS, WHERE, Budget, Ranks, Tables
 from maestro.methods import fisher, race
 from maestro.methods.proposals import Tails, series
 from maestro.methods.table import Method
@@ -54,7 +54,7 @@ class Options:
     pairs = zip(self.levels, self.levels[1:], strict=False)
     if any(a <= b for a, b in pairs):
       raise ConfigError(f"{where}.levels: {tuple(self.levels)} do not descend")
-    schema.check_name(self.kind, race.COSTS, f"{where}.kind")
+    schema.check_name(self.kind, COSTS, f"{where}.kind")
     if self.weights is not None and len(self.weights) != len(self.levels):
       raise ConfigError(
         f"{where}.weights: {len(self.weights)} of them for"
@@ -156,8 +156,9 @@ def check(m: Method) -> None:
     )
   for name in ("race", "budget", "sampler", "shrink"):
     if getattr(m, name) is not None:
+      where = WHERE if name == "budget" else f"config.method.{name}"
       raise ConfigError(
-        f"config.method.{name}: a nested network has the ranks of its levels"
+        f"{where}: a nested network has the ranks of its levels"
         " (config.method.nested); remove it"
       )
   if m.proximal or m.trainable != "all":

@@ -21,7 +21,15 @@ import jax
 import numpy as np
 
 from maestro import lowrank, schema
-from maestro.cost.budget import COSTS, Budget, BudgetError, Tables, cost_tables
+from maestro.cost.budget import (
+  COSTS,
+  WHERE,
+  Budget,
+  BudgetError,
+  Tables,
+  cost_tables,
+  parse_budget,
+)
 from maestro.lowrank import Rule
 from maestro.methods import fisher
 from maestro.methods.table import Method
@@ -74,7 +82,7 @@ class Race:
     tables: what ranks cost; the least is 1.
     limits: {path: largest rank} of the layers that are factored.
     layers: of the model.
-    budget: as written.
+    limit: the most that the network may cost, in units of `tables`.
     see: (params, batch_stats) -> what the layers see, with moments `both`.
   """
 
@@ -82,13 +90,8 @@ class Race:
   tables: Tables
   limits: Mapping[str, int]
   layers: Layers
-  budget: str
+  limit: int
   see: Callable[[Tree, Tree], Any]
-
-  @property
-  def limit(self) -> int:
-    """The most that the network may cost, in units of `tables`."""
-    return limit_of(self.tables, parse(self.budget))
 
   def score(self, params: Tree, batch_stats: Tree, examples: int) -> Score:
     """Orders a dense network's components, and says what prefixes lose."""
@@ -111,22 +114,16 @@ def options_of(section: Mapping) -> Options:
 
 
 def parse(text: str | None) -> Budget:
-  """Reads a budget whose costs are known before training."""
+  """Reads the budget that profiles race for.
+
+  Raises:
+    ConfigError: it is missing, or none whose costs are known before training.
+  """
   if text is None:
     raise ConfigError(
-      'config.method.budget: missing, as in "macs:0.5": it is what profiles'
-      " race for"
+      f'{WHERE}: missing, as in "macs:0.5": it is what profiles race for'
     )
-  try:
-    budget = Budget.parse(text)
-  except BudgetError as error:
-    raise ConfigError(f"config.method.budget: {error}") from error
-  if budget.kind not in COSTS:
-    raise ConfigError(
-      f"config.method.budget: {text!r} is of another kind than {COSTS}, which"
-      " are known before training"
-    )
-  return budget
+  return parse_budget(text, COSTS)
 
 
 def check(m: Method) -> None:
@@ -161,14 +158,15 @@ def tables_of(
   return cost_tables(layers, params, {}, kind, least=1)
 
 
-def limit_of(
-  tables: Tables, budget: Budget, where: str = "config.method.budget"
-) -> int:
-  """The budget in units of the tables.
+def limit_of(tables: Tables, budget: Budget, where: str = WHERE) -> int:
+  """The most that a network may cost, at most what it costs as a whole.
 
   Raises:
     ConfigError: it is below what rank 1 in every layer costs.
   """
+  whole = tables.total(tables.whole)  # below dense, if rules bound the ranks
+  if budget.limit(tables.dense) >= whole:
+    return whole
   try:
     return tables.limit(budget)
   except BudgetError as error:

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 
 from maestro import lowrank
-from maestro.methods.nested import Nested
+from maestro.methods.nested import Nested, options_of
 from maestro.parallel.mesh import replicate
 from maestro.training import levels, optim
-from maestro.training.build import Training
+from maestro.training.build import Run, Training
 from maestro.training.results import Ledger
 from maestro.training.state import TrainState, form_of, plain_ranks
 
@@ -69,4 +69,11 @@ def rows(
   if t.method.nested is None:
     return []
   names = t.method.nested.options.names
-  return levels.rows_of(state, names, t.layers, score)
+  return levels.rows_of(state.params, state.levels, names, t.layers, score)
+
+
+def names_of(run: Run) -> tuple[str, ...]:
+  """Names of the levels that a run has trained, the largest first."""
+  if not run.levels:
+    return ()
+  return options_of(run.config.method.nested or {}).names

@@ -107,7 +107,8 @@ def variables(params: Tree, ranks: Tree, stats: Tree) -> dict[str, Any]:
 
 
 def rows_of(
-  state: TrainState,
+  params: Tree,
+  levels: Tree,
   names: Sequence[str],
   layers: Layers,
   score: Callable[[dict], Mapping[str, Mapping[str, float]]],
@@ -115,14 +116,15 @@ def rows_of(
   """Describes each level's network as it would be deployed, for results.json.
 
   Args:
-    state: at the end.
+    params: of the whole network, in factors.
+    levels: of a state; {} has none.
     names: of the levels, the largest first.
     layers: of the model.
     score: variables -> {"val": metrics, "test": metrics}.
   """
   rows = []
-  for name, (ranks, stats) in zip(names, split(state.levels), strict=True):
-    small = lowrank.extract(state.params, ranks, layers)
+  for name, (ranks, stats) in zip(names, split(levels), strict=True):
+    small = lowrank.extract(params, ranks, layers)
     cost = count_cost(layers, small)
     given = {"params": small} | ({"batch_stats": stats} if stats else {})
     scores = score(given)

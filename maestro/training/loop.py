@@ -26,7 +26,7 @@ from maestro.report import figures
 from maestro.report.tables import layer_table, level_table
 from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build, chain, optim, race
+from maestro.training import build, chain, levels, optim, race
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
 from maestro.training.durations import every
@@ -202,7 +202,8 @@ def evaluate_workdir(
   """Evaluates the newest checkpoint of a run, cut to its ranks; no training.
 
   Returns:
-    {"val": {metric: value}, "test": ..., "params": n, "macs": n, "step": n}.
+    {"val": {metric: value}, "test": ..., "params": n, "macs": n, "step": n},
+    and "levels" as in results.json, of a nested run.
 
   Raises:
     UserError: there is no run, or its checkpoint is broken.
@@ -219,12 +220,20 @@ def evaluate_workdir(
   if run.ranks and not run.levels:
     recalibrate = build.make_recalibrator(c, run.model, dataset, mesh)
     variables = recalibrate(variables)
+
+  def score(variables):
+    variables = replicate(variables, mesh)
+    splits = {"val": dataset.val, "test": dataset.test}
+    return {name: evaluate(variables, split) for name, split in splits.items()}
+
+  names = chain.names_of(run)
+  rows = levels.rows_of(run.params, run.levels, names, run.layers, score)
   return {
     "step": run.step,
     "params": size.params,
     "macs": size.macs,
-    "val": evaluate(variables, dataset.val),
-    "test": evaluate(variables, dataset.test),
+    **score(variables),
+    **({"levels": rows} if rows else {}),
   }
 
 

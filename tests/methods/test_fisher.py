@@ -232,6 +232,41 @@ def bad_moments(case, **changes):
   return {"": Moments(**(fields | changes))}
 
 
+def test_boxes_keep_the_names_of_their_axes(cases, close):
+  case = cases["dense"]
+  kernel = flax.linen.Partitioned(case.dense["kernel"], ("in", "out"))
+  params = case.dense | {"kernel": kernel}
+  found = moments_of(case)
+  new = fisher.decompose(params, [Rule()], case.layers, found)
+  assert new["u"].names == ("in", None) and new["v"].names == (None, "out")
+  plain = fisher.decompose(case.dense, [Rule()], case.layers, found)
+  close(new["u"].value, plain["u"], 0)
+  inputs = {"": found[""].inputs}
+  new = calibrate.decompose(params, [Rule()], case.layers, inputs)
+  assert new["v"].names == (None, "out")
+
+
+def test_what_has_no_order_is_told(cases):
+  case = cases["dense"]
+  params = {k: x.astype(jnp.complex64) for k, x in case.dense.items()}
+  found = moments_of(case)
+  with pytest.raises(calibrate.CalibrationError, match="is complex"):
+    fisher.decompose(params, [Rule()], case.layers, found)
+  with pytest.raises(calibrate.CalibrationError, match="is complex"):
+    inputs = {"": found[""].inputs}
+    calibrate.decompose(params, [Rule()], case.layers, inputs)
+
+  class Two(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+      return maestro.nn.Dense(3)(x), x
+
+  model, x = Two(), jnp.ones((2, 4))
+  variables = model.init(jax.random.key(0), x)
+  with pytest.raises(calibrate.CalibrationError, match="returns a tuple"):
+    fisher.moments(model, variables, [x], maestro.layers(model, x), key=KEY)
+
+
 def test_bad_input_is_refused_by_name(cases):
   case = cases["dense"]
   layers, found = case.layers, moments_of(case)

@@ -79,24 +79,28 @@ def problem():
   return dataset, model, introspect.layers(model, facts.example)
 
 
+def subject(model, layers, params):
+  """A network for a method; there are no examples of its data."""
+  return binding.Subject(
+    model=model,
+    layers=layers,
+    dense=cost.count_cost(layers, params),
+    shapes=params,
+    initial=lambda: params,
+    batches=lambda n: (),
+    key=jax.random.key(2),
+    calibration=jax.random.key(3),
+    classifies=True,
+  )
+
+
 def bound(c, params):
   """Binds the method of a parsed config to BASE's network."""
   _, model, layers = problem()
-  size = cost.count_cost(layers, params)
   return binding.bind(
     c.method,
     build.settings(c),
-    binding.Subject(
-      model=model,
-      layers=layers,
-      dense=size,
-      shapes=params,
-      initial=lambda: params,
-      batches=lambda n: (),
-      key=jax.random.key(2),
-      calibration=jax.random.key(3),
-      classifies=True,
-    ),
+    subject(model, layers, params),
   )
 
 
@@ -993,21 +997,10 @@ def test_pufferfish_resnet18_has_its_published_size():
   x = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
   layers = introspect.layers(model, x)
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-  size = cost.count_cost(layers, shapes)
   method = binding.bind(
     c.method,
     build.settings(c),
-    binding.Subject(
-      model=model,
-      layers=layers,
-      dense=size,
-      shapes=shapes,
-      initial=lambda: shapes,
-      batches=lambda n: (),
-      key=jax.random.key(2),
-      calibration=jax.random.key(3),
-      classifies=True,
-    ),
+    subject(model, layers, shapes),
   )
   found = {}
 

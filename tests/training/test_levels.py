@@ -61,6 +61,13 @@ def test_every_level_is_reported_within_its_budget(finished):
   assert results["levels"][0]["metrics"] == results["final"]["metrics"]
 
 
+def test_evaluating_the_run_gives_every_level(finished):
+  results, workdir = finished
+  again = loop.evaluate_workdir(workdir)
+  assert again["levels"] == results["levels"]
+  assert again["test"] == results["final"]["metrics"]
+
+
 def test_every_evaluation_has_a_value_for_every_level(finished):
   results, workdir = finished
   records = [r for r in metrics.read(workdir) if r["phase"] == 1]
