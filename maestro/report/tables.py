@@ -12,6 +12,7 @@ import statistics
 import numpy as np
 
 from maestro.errors import UserError
+from maestro.methods.table import METHODS
 from maestro.runs import workdir
 
 NOT_RUN = "not run"
@@ -210,8 +211,13 @@ def _labels(configs):
     if not name:
       name = config.get("method.name") or config.get("method") or "unnamed"
       lam = [k for k in config if k.split(".")[-1] == "lam"]
-      if lam and name != "dense":
+      method = METHODS.get(name)
+      # Others have no lambda, or one of their own.
+      uses = method is None or (method.penalty and method.lam is None)
+      if lam and uses:
         name += f" lam={config[lam[0]]:g}"
+      if budget := config.get("budget") or config.get("method.budget"):
+        name += f" {budget}"
     names[key] = str(name)
   labels = {}
   for key, name in names.items():

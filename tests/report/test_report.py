@@ -547,3 +547,16 @@ def test_runs_as_a_module(tmp_path):
   workdir = make_run(tmp_path / "run", 3)
   table = run(str(workdir), "--markdown")  # flags may come last
   assert table.returncode == 0 and table.stdout.startswith("| ")
+
+
+def test_labels_name_the_budget_and_only_a_lambda_that_is_used():
+  configs = [
+    {"method": "maestro", "discover.lam": 1e-3},
+    {"method": "nested", "discover.lam": 1e-3},
+    {"method": "race", "discover.lam": 1e-3, "budget": "macs:0.4"},
+    {"method.name": "cuttlefish", "discover.lam": 1e-3},
+    {"method": "dense", "discover.lam": 1e-3},
+  ]
+  labels = report._labels({(i, 0): c for i, c in enumerate(configs)})
+  want = ["maestro lam=0.001", "nested", "race macs:0.4", "cuttlefish", "dense"]
+  assert list(labels.values()) == want
