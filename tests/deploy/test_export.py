@@ -536,6 +536,7 @@ def test_the_command_line(runs, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(data_lib, "make", _no_data)
   flags = {name: None for name in ("budget", "ranks", "rule", "data_dir")}
   flags |= {"workdir": "run", "checkpoint": "final", "profiles": []}
+  flags |= {"reorder": False}
   flags |= {"out": str(tmp_path / "out"), **dataclasses.asdict(FAST)}
 
   def command(**values):
@@ -558,6 +559,8 @@ def test_the_command_line(runs, tmp_path, monkeypatch, capsys):
   assert loaded.profile["params"] <= 0.5 * loaded.config["dense"]["params"]
   with pytest.raises(UserError, match="--out"):
     command(out=None)
+  with pytest.raises(UserError, match="--reorder needs training data"):
+    command(reorder=True)
 
 
 def _no_data(**section):
