@@ -1,25 +1,30 @@
-"""Any size from one training: LeNet on MNIST, one nested network and its peers.
+"""Any size from one training: one nested network and its peers.
 
-  python -m experiments.any_size                       # 3 seeds of every row
+  python -m experiments.any_size                       # LeNet on MNIST, 3 seeds
   python -m experiments.any_size --rows=nested10,race,fixed --jobs=2
+  python -m experiments.any_size --network=resnet20 --seeds=1
   python -m experiments.any_size --smoke --rows=dense,nested10
 
-Rows, all by the recipe of configs/lenet_od.py in 10 epochs (the learning rate
-falls to a tenth after 80 % of them):
+Rows, all by the network's recipe:
 
-  nested10, nested20  ONE network along a chain of levels, in 10 and 20 epochs
+  nested10, nested20  ONE network along a chain of levels, in so many epochs
   race                a network for each budget: propose, race, settle
   fixed               a network for each budget, of uniform ranks, from scratch
   dense
 
-An epoch of dense warm-up begins race and nested. Ranks are chosen on training
-images; the test set is read once, at the end of each run. Runs go through
-`python -m maestro.main` into runs/experiments/any_size/ and can be interrupted;
-the same command goes on. Results files are kept in
-experiments/results/any_size/, from which the table and docs/images/any_size.png
-are made: rows that were not run are not shown.
+LeNet has 10 epochs of configs/lenet_od.py, where not said (the learning rate
+falls to a tenth after 80 % of them); an epoch of dense warm-up begins race and
+nested. ResNet-20 has 8 short epochs of 16,000 images, configs/resnet20_od.py,
+and nested 10, which cost what 8 dense ones do, the first half of them dense.
+
+Ranks are chosen on training images; the test set is read once, at the end of
+each run. Runs go through `python -m maestro.main` into runs/experiments/ and
+can be interrupted; the same command goes on. Results files are kept in
+experiments/results/, from which the table and the figure in docs/images/ are
+made: rows that were not run are not shown.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -40,28 +45,90 @@ from maestro.report import tables as report
 from maestro.report.tables import markdown_table
 
 ROOT = pathlib.Path(__file__).parents[1]
-LEVELS = (80, 60, 50, 40, 25)  # percent of the dense network's MACs
-ROWS = ("dense", "nested10", "race", "fixed", "nested20")
 RUNS = pathlib.Path("runs/experiments")
-RESULTS = pathlib.Path("experiments/results/any_size")
-FIGURE = pathlib.Path("docs/images/any_size.png")
+RESULTS = pathlib.Path("experiments/results")
+IMAGES = pathlib.Path("docs/images")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """What is compared on a network.
+
+  Attributes:
+    name: of results, runs and figure.
+    config: file with its recipe.
+    variant: of that file.
+    levels: percent of the dense network's MACs.
+    epochs: {row: of its run}.
+    warm_up: {method: epochs before its settle phase}; 1 where not said.
+  """
+
+  name: str
+  config: str
+  variant: str
+  levels: tuple[int, ...]
+  epochs: Mapping[str, int]
+  warm_up: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def nested(self) -> dict[str, Any]:
+    """The method whose chain has these levels."""
+    levels = (1.0, *(percent / 100 for percent in self.levels))
+    return {"name": "nested", "nested": {"levels": levels}}
+
+  @property
+  def results(self) -> pathlib.Path:
+    """Folder of the results files that are kept."""
+    return RESULTS / self.name
+
+  @property
+  def figure(self) -> pathlib.Path:
+    """Path of the figure."""
+    return IMAGES / f"{self.name}.png"
+
+
+NETWORKS = {
+  "lenet": Network(
+    "any_size",
+    "lenet_od.py",
+    "",
+    levels=(80, 60, 50, 40, 25),
+    epochs={"dense": 10, "nested10": 10, "race": 10, "fixed": 10}
+    | {"nested20": 20},
+  ),
+  "resnet20": Network(
+    "any_size_resnet20",
+    "resnet20_od.py",
+    "short",
+    levels=(75, 50, 28),
+    epochs={"dense": 8, "nested10": 10, "race": 8, "fixed": 8},
+    warm_up={"nested": 5},
+  ),
+}
 
 
 def get_config(arg: str):
-  """Returns the config of "ROW,PERCENT[,smoke]"; 100 is no budget.
+  """Returns the config of "NETWORK,ROW,PERCENT[,smoke]"; 100 is no budget.
 
-  This file is a config, too: --config=experiments/any_size.py:race,25
+  This file is a config, too: --config=experiments/any_size.py:lenet,race,25
   """
-  row, percent, *more = arg.split(",")
-  module = runpy.run_path(str(ROOT / "configs" / "lenet_od.py"))
-  c = module["get_config"](",".join(more)).unlock()
+  name, row, percent, *more = arg.split(",")
+  network = NETWORKS[name]
+  module = runpy.run_path(str(ROOT / "configs" / network.config))
+  variants = ",".join(filter(None, [network.variant, *more]))
+  c = module["get_config"](variants).unlock()
+  method = row.rstrip("0123456789")
   if not more:
-    epochs = 20 if row == "nested20" else 10
-    c.discover.epochs, c.settle.epochs = 1, epochs - 1
-    # Over the whole run, whatever part of it settles.
-    c.settle.schedule.boundaries = ((0.8 * epochs - 1) / (epochs - 1),)
-  c.method = row.rstrip("0123456789")
-  if c.method == "fixed":  # from scratch: nothing warms up
+    epochs = network.epochs[row]
+    c.discover.epochs = network.warm_up.get(method, 1)
+    c.settle.epochs = epochs - c.discover.epochs
+    if "one_line" in module:
+      module["one_line"](c)
+    else:  # over the whole run, whatever part of it settles
+      c.settle.schedule.boundaries = ((0.8 * epochs - 1) / (epochs - 1),)
+  with c.ignore_type():
+    c.method = method if method != "nested" else network.nested
+  if method == "fixed":  # from scratch: nothing warms up
     c.discover.shrink = False
   if percent != "100":
     c.budget = f"macs:{int(percent) / 100}"
@@ -157,36 +224,39 @@ def draw(found: Found) -> matplotlib.figure.Figure:
   return figure
 
 
-def kept() -> Found:
+def kept(network: Network) -> Found:
   """The results files that are kept, by row and seed."""
   found: dict[tuple[str, int], list] = {}
-  for row, percent in jobs_of(ROWS, LEVELS):
-    paths = sorted(RESULTS.glob(f"{row}_{percent}_seed*.json"))
+  for row, percent in jobs_of(list(network.epochs), network.levels):
+    paths = sorted(network.results.glob(f"{row}_{percent}_seed*.json"))
     if paths:
       texts = [path.read_text(encoding="utf-8") for path in paths]
       found[row, percent] = [json.loads(text) for text in texts]
   return found
 
 
-def _run(row: str, percent: int, seed: int, smoke: bool) -> dict[str, Any]:
-  label = f"{row}_{percent}_seed{seed}"
-  workdir = RUNS / ("any_size_smoke" if smoke else "any_size") / label
-  config = f"experiments/any_size.py:{row},{percent}"
+def _run(
+  row: str, percent: int, seed: int, network: str, smoke: bool
+) -> dict[str, Any]:
+  label, where = f"{row}_{percent}_seed{seed}", NETWORKS[network]
+  workdir = RUNS / (where.name + ("_smoke" if smoke else "")) / label
+  config = f"experiments/any_size.py:{network},{row},{percent}"
   config += ",smoke" if smoke else ""
   runs.run(config, workdir, [f"--config.seed={seed}"])
   results = report.load(workdir)
   if not smoke:
-    runs.write_results(RESULTS / f"{label}.json", results)
+    runs.write_results(where.results / f"{label}.json", results)
   return results
 
 
 def define_flags() -> None:
   """Defines the command line; not at import, as flags are one global set."""
+  flags.DEFINE_enum("network", "lenet", list(NETWORKS), "Which network.")
   flags.DEFINE_integer("seeds", 3, "Seeds of each row.", 1)
   flags.DEFINE_integer("jobs", 1, "Runs at a time.", 1)
-  flags.DEFINE_list("rows", list(ROWS), "Which rows to run.")
+  flags.DEFINE_list("rows", None, "Which rows to run; all if not given.")
   flags.DEFINE_list(
-    "budgets", list(map(str, LEVELS)), "Percent, of race, fixed."
+    "budgets", None, "Percent, of race, fixed; all levels if not given."
   )
   flags.DEFINE_bool("smoke", False, "Two epochs, one seed; not kept.")
 
@@ -196,21 +266,24 @@ def main(argv: list[str]) -> None:
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
   values = flags.FLAGS
-  if unknown := sorted(set(values.rows) - set(ROWS)):
-    raise UserError(f"--rows: {unknown} are none of {list(ROWS)}")
-  if not all(text.isdigit() and 0 < int(text) < 100 for text in values.budgets):
-    raise UserError(f"--budgets: {values.budgets} are no percents below 100")
+  network = NETWORKS[values.network]
+  rows = values.rows or list(network.epochs)
+  if unknown := sorted(set(rows) - set(network.epochs)):
+    raise UserError(f"--rows: {unknown} are none of {list(network.epochs)}")
+  budgets = values.budgets or list(map(str, network.levels))
+  if not all(text.isdigit() and 0 < int(text) < 100 for text in budgets):
+    raise UserError(f"--budgets: {budgets} are no percents below 100")
   smoke = values.smoke
-  jobs = jobs_of(values.rows, [int(text) for text in values.budgets])
   found: Found = runs.run_rows(
-    functools.partial(_run, smoke=smoke),
-    jobs,
+    functools.partial(_run, network=values.network, smoke=smoke),
+    jobs_of(rows, [int(text) for text in budgets]),
     range(1 if smoke else values.seeds),
     values.jobs,
   )
-  found = found if smoke else kept()
+  found = found if smoke else kept(network)
   print(f"\n{table(found)}")
-  figure = RUNS / "any_size_smoke" / FIGURE.name if smoke else FIGURE
+  figure = network.figure
+  figure = RUNS / f"{network.name}_smoke" / figure.name if smoke else figure
   figure.parent.mkdir(parents=True, exist_ok=True)
   draw(found).savefig(figure)
   print(f"\nfigure: {figure}")

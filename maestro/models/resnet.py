@@ -1,4 +1,4 @@
-"""ResNets of basic blocks: 18 and 34 layers, for CIFAR and for ImageNet."""
+"""ResNets of basic blocks: 18 and 34 layers, and 20 thin ones for CIFAR."""
 
 import functools
 from collections.abc import Sequence
@@ -118,3 +118,15 @@ class ResNet34(ResNet18):
   """ResNet-34: as `ResNet18` with 3, 4, 6 and 3 blocks."""
 
   stage_sizes: Sequence[Count] = (3, 4, 6, 3)
+
+
+class ResNet20(ResNet18):
+  """ResNet-20 for CIFAR (He et al., 2016, section 4.2): three thin stages.
+
+  With 10 classes and inputs [b, 32, 32, 3]: 272,474 parameters and 40,813,184
+  MACs. Shortcuts that change the shape are 1x1 convolutions with batch norm
+  (their type B), where the paper pads with zeros.
+  """
+
+  width: Count = 16
+  stage_sizes: Sequence[Count] = (3, 3, 3)

@@ -65,23 +65,59 @@ def cosine(
   Step i of n of warm-up has the rate (i + 1) / n of the peak; `warmup` is its
   length in any unit, such as "steps:500", in place of epochs.
   """
-  where, text = "schedule.warmup_epochs", f"epochs:{warmup_epochs}"
-  if warmup is not None:
-    where, text = "schedule.warmup", warmup
-  length = Duration.parse(text, where)
-  n, steps = clock.steps(length), max(steps, 1)
-  if n >= steps:
+  n = _warmup_steps(clock, steps, warmup_epochs, warmup)
+  left = max(steps, 1) - n
+  decay = optax.cosine_decay_schedule(learning_rate, left, final_fraction)
+  return _after_warmup(decay, learning_rate, n)
+
+
+def linear(
+  clock: Clock,
+  steps: int,
+  *,
+  learning_rate: Weight,
+  warmup_epochs: Weight = 0.0,
+  warmup: str | None = None,
+  final_fraction: Share = 0.0,
+) -> optax.Schedule:
+  """Rises as `cosine` does, then falls along a line to a fraction of the peak.
+
+  Lines of two phases can be one, whichever part of it a phase is.
+  """
+  n = _warmup_steps(clock, steps, warmup_epochs, warmup)
+  left, final = max(steps, 1) - n, final_fraction * learning_rate
+  return _after_warmup(
+    optax.linear_schedule(learning_rate, final, left), learning_rate, n
+  )
+
+
+def _warmup_steps(
+  clock: Clock, steps: int, epochs: float, length: str | None
+) -> int:
+  where, text = "schedule.warmup_epochs", f"epochs:{epochs}"
+  if length is not None:
+    where, text = "schedule.warmup", length
+  n = clock.steps(Duration.parse(text, where))
+  if n >= max(steps, 1):
     raise ConfigError(
-      f"{where}: {text} leaves nothing of a phase of {steps} steps"
+      f"{where}: {text} leaves nothing of a phase of {max(steps, 1)} steps"
     )
-  decay = optax.cosine_decay_schedule(learning_rate, steps - n, final_fraction)
+  return n
+
+
+def _after_warmup(decay: optax.Schedule, peak: float, n: int) -> optax.Schedule:
   if not n:
     return decay
-  rise = optax.linear_schedule(learning_rate / n, learning_rate, max(n - 1, 1))
+  rise = optax.linear_schedule(peak / n, peak, max(n - 1, 1))
   return optax.join_schedules([rise, decay], [n])
 
 
-SCHEDULES = {"constant": constant, "cosine": cosine, "piecewise": piecewise}
+SCHEDULES = {
+  "constant": constant,
+  "cosine": cosine,
+  "linear": linear,
+  "piecewise": piecewise,
+}
 
 
 def bind_schedule(

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments import any_size
+from maestro.methods import nested
 from maestro.training import build
 from maestro.training.config import clock_of, parse
 
@@ -19,24 +20,48 @@ def result(accuracy, macs=50, levels=()):
   }
 
 
-@pytest.mark.parametrize(
-  ("row", "percent"), any_size.jobs_of(any_size.ROWS, any_size.LEVELS)
-)
-def test_rows_share_their_epochs_and_learning_rates(row, percent):
-  c = parse(any_size.get_config(f"{row},{percent}").to_dict())
+JOBS = [
+  (name, *job)
+  for name, network in any_size.NETWORKS.items()
+  for job in any_size.jobs_of(list(network.epochs), network.levels)
+]
+
+
+def rates(network, row, percent):
+  """(config, learning rates at parts of the run) of a job."""
+  c = parse(any_size.get_config(f"{network},{row},{percent}").to_dict())
   build.check(c)
-  clock = clock_of(c, 100)
-  assert clock.total == (2000 if row == "nested20" else 1000)
-  schedule = build._schedule(c, clock)
-  rates = [float(schedule(int(f * clock.total))) for f in (0, 0.05, 0.79, 0.81)]
-  assert rates == pytest.approx([0.01, 0.01, 0.01, 0.001])
   assert c.method.budget == (
     None if percent == 100 else f"macs:{percent / 100}"
   )
+  clock = clock_of(c, 100)
+  assert clock.total == 100 * any_size.NETWORKS[network].epochs[row]
+  schedule = build._schedule(c, clock)
+  at = (0, 0.05, 0.5, 0.79, 0.81)
+  return [float(schedule(int(f * clock.total))) for f in at]
 
 
-def test_smoke_is_short():
-  c = parse(any_size.get_config("nested10,100,smoke").to_dict())
+@pytest.mark.parametrize(("network", "row", "percent"), JOBS)
+def test_rows_share_their_epochs_and_learning_rates(network, row, percent):
+  found = rates(network, row, percent)
+  if network == "lenet":
+    assert found == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.001])
+  else:  # one line, wherever the phases meet
+    assert found == pytest.approx([0.1, 0.095, 0.05, 0.021, 0.019])
+
+
+@pytest.mark.parametrize("network", any_size.NETWORKS)
+def test_a_chain_has_the_levels_of_its_rivals(network):
+  row = next(r for r in any_size.NETWORKS[network].epochs if "nested" in r)
+  c = parse(any_size.get_config(f"{network},{row},100").to_dict())
+  names = nested.options_of(c.method.nested).names
+  levels = [f"macs:{p / 100:g}" for p in any_size.NETWORKS[network].levels]
+  assert list(names) == ["macs:1", *levels]
+
+
+@pytest.mark.parametrize("job", ["lenet,nested10,100", "resnet20,race,28"])
+def test_smoke_is_short(job):
+  c = parse(any_size.get_config(f"{job},smoke").to_dict())
   assert clock_of(c, 1).total == 2
 
 
@@ -55,9 +80,11 @@ def test_a_table_and_a_figure_of_some_rows(tmp_path):
   any_size.draw(found).savefig(tmp_path / "figure.png")
 
 
-def test_kept_results_are_complete():
+@pytest.mark.parametrize("network", any_size.NETWORKS.values())
+def test_kept_results_are_complete(network):
   """Every file that is kept is of a row, and says what made it."""
-  for (row, _), runs in any_size.kept().items():
+  for (row, _), runs in any_size.kept(network).items():
     for one in runs:
       assert one["git"] and one["device"] and one["config"]["seed"] >= 0
-      assert row.startswith(one["config"]["method"])
+      method = one["config"]["method"]
+      assert row.startswith(method if isinstance(method, str) else "nested")

@@ -36,6 +36,8 @@ def abstract(model, shape):
       3_663_761_408,
     ),
     (VGG, CIFAR, 20_040_522, 398_136_320),
+    # He et al.: 0.27M, and 40.55M; 2,752 and 262,144 more in shortcuts.
+    (models.ResNet20(10), CIFAR, 269_722 + 2_752, 40_551_040 + 262_144),
   ],
 )
 def test_dense_networks_cost_what_the_paper_says(model, shape, params, macs):
