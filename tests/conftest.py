@@ -1,6 +1,9 @@
 """Sets up JAX for the tests and holds the small models that they share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -9,6 +12,15 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_force_host_platform_device_count=8",
   )
 ).strip()
+
+# Tests compile much and compute little: what one has compiled serves all, those
+# in other processes too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  compiled = tempfile.mkdtemp(prefix="maestro_compiled_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+  atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import dataclasses
 import functools
@@ -114,7 +126,6 @@ def _normal(*shape, scale=1.0):
   return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
 
 
-# Tests compile much and compute little.
 QUICK_COMPILATION = {
   "xla_backend_optimization_level": 0,
   "xla_llvm_disable_expensive_passes": True,

@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import pathlib
 import shutil
 import signal
@@ -53,11 +52,6 @@ BASE = {
   "num_devices": 1,
 }
 SHORT = {"discover.epochs": 1, "settle.epochs": 1}
-CACHE = {
-  "jax_compilation_cache_dir": "",
-  "jax_persistent_cache_min_compile_time_secs": 0,
-  "jax_persistent_cache_min_entry_size_bytes": -1,
-}
 
 
 def config(changes=None, **more):
@@ -72,27 +66,8 @@ def config(changes=None, **more):
   return c
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-  """Runs, also those in other processes, share what they have compiled."""
-  cache = CACHE | {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))
-  }
-  before = {name: getattr(jax.config, name) for name in cache}
-  for name, value in cache.items():
-    jax.config.update(name, value)
-  from jax._src import compilation_cache
-
-  compilation_cache.reset_cache()
-  environment = {name.upper(): str(value) for name, value in cache.items()}
-  yield environment
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, compiled):
+def reference(tmp_path_factory):
   """The workdir of a run that nothing interrupted."""
   workdir = tmp_path_factory.mktemp("reference") / "run"
   train.train(config(), workdir)
@@ -239,7 +214,7 @@ def write_config(path, changes=None):
   return path
 
 
-def start(config_file, workdir, compiled, *more):
+def start(config_file, workdir, *more):
   return subprocess.Popen(
     [
       sys.executable,
@@ -250,22 +225,19 @@ def start(config_file, workdir, compiled, *more):
       *more,
     ],
     cwd=ROOT,
-    env=os.environ | compiled,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
   )
 
 
-def test_sigkill_at_any_time_loses_nothing_that_was_saved(
-  tmp_path, reference, compiled
-):
+def test_sigkill_at_any_time_loses_nothing_that_was_saved(tmp_path, reference):
   workdir = tmp_path / "run"
   file = write_config(tmp_path / "killed.py")
   steps_per_epoch = results_of(reference)["steps"] // 6
   # The last one is just after the cut into settle.
   for epoch in (1, 5):
-    process = start(file, workdir, compiled)
+    process = start(file, workdir)
     saved = workdir / "checkpoints" / str(epoch * steps_per_epoch)
     try:
       while process.poll() is None and not saved.exists():
@@ -276,7 +248,7 @@ def test_sigkill_at_any_time_loses_nothing_that_was_saved(
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (workdir / "results.json").exists()
-  process = start(file, workdir, compiled)
+  process = start(file, workdir)
   output = process.communicate(timeout=100)[0]
   assert process.returncode == 0, output
   assert "resuming from step" in output and "finished" in output
@@ -327,7 +299,7 @@ ODD = {
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory, compiled):
+def odd(tmp_path_factory):
   """The workdir of a run whose lengths are no whole epochs."""
   workdir = tmp_path_factory.mktemp("odd") / "run"
   train.train(config(ODD), workdir)
