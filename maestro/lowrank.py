@@ -408,7 +408,10 @@ def importance(params: Tree, ranks: Tree | None = None) -> dict[str, jax.Array]:
 
 
 def group_lasso(
-  params: Tree, ranks: Tree | None = None, kind: str = "hierarchical"
+  params: Tree,
+  ranks: Tree | None = None,
+  kind: str = "hierarchical",
+  weights: Mapping[str, float] | None = None,
 ) -> jax.Array:
   """Sums the norms of groups of live components over all factored layers.
 
@@ -419,6 +422,13 @@ def group_lasso(
   once for each component before it and the last ones vanish first. Costs
   O(size of the factors); the gradient at an exact zero is zero.
 
+  Args:
+    params: parameters with factored layers.
+    ranks: current ranks; None takes every stored component as live.
+    kind: "hierarchical" or "flat".
+    weights: {layer path: what its groups count}, 1 where not given; None is 1
+      for all.
+
   Returns:
     A float32 scalar; 0 without factored layers.
   """
@@ -427,10 +437,11 @@ def group_lasso(
       f'lasso kind {kind!r} is unknown; use "hierarchical" or "flat"'
     )
   total = jnp.zeros((), jnp.float32)
-  for _, u, v in _norms(params, ranks):
+  for path, u, v in _norms(params, ranks):
     if kind == "hierarchical":
       u, v = _suffix_sums(u), _suffix_sums(v)
-    total += jnp.sum(_sqrt(u)) + jnp.sum(_sqrt(v))
+    norms = jnp.sum(_sqrt(u)) + jnp.sum(_sqrt(v))
+    total += norms if weights is None else weights.get(path, 1.0) * norms
   return total
 
 

@@ -293,7 +293,7 @@ def parse_budget(text: str, kinds: Sequence[str] = BUDGETS) -> Budget:
   return budget
 
 
-def _weight_cost(spec: LayerSpec, rank: int | None, kind: str) -> int:
+def weight_cost(spec: LayerSpec, rank: int | None, kind: str) -> int:
   """Cost of a layer's weight in its final form; a rank of None is dense."""
   if rank is not None and lowrank.dense_is_cheaper(spec.n_in, spec.n_out, rank):
     rank = None
@@ -348,7 +348,7 @@ def fit_budget(
   for path, limit in limits.items():
     spec, top = layers[path], int(np.max(limit, initial=0))
     costs[path] = np.array(
-      [_weight_cost(spec, rank, kind) for rank in range(top + 1)]
+      [weight_cost(spec, rank, kind) for rank in range(top + 1)]
     )
     least[path] = np.minimum.accumulate(costs[path][::-1])[::-1]
 
@@ -357,7 +357,7 @@ def fit_budget(
 
   ranks = {path: at(path, Fraction(0)) for path in profile}
   spent = getattr(dense, kind) + sum(
-    spent_on(path, r) - _weight_cost(layers[path], None, kind)
+    spent_on(path, r) - weight_cost(layers[path], None, kind)
     for path, r in ranks.items()
   )
   if spent > most:

@@ -21,7 +21,15 @@ from maestro.cost.budget import WHERE, fit_budget, parse_budget
 from maestro.cost.count import Cost
 from maestro.introspect import mode
 from maestro.lowrank import Rule
-from maestro.methods import calibrate, fisher, freeze, nested, prox, race
+from maestro.methods import (
+  calibrate,
+  controllers,
+  fisher,
+  freeze,
+  nested,
+  prox,
+  race,
+)
 from maestro.methods.decomposers import DECOMPOSERS, SUPPLIED
 from maestro.methods.penalties import PENALTIES, SHRINKERS
 from maestro.methods.project import project, spectra
@@ -67,6 +75,7 @@ class Bound:
     race: how profiles are proposed and raced at the start of settle; None if
       ranks are chosen by a rule.
     nested: the chain of levels that settle trains; None if there is one size.
+    controller: of the penalty's weight in discover; None if it stays.
   """
 
   decompose_at: str | None
@@ -88,6 +97,7 @@ class Bound:
   switches: Callable[[Mapping, Mapping], bool]
   race: race.Race | None
   nested: nested.Nested | None
+  controller: controllers.Controller | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +109,7 @@ class Settings:
     samplers: {phase: section of its sampler}.
     lams: {phase: weight of the penalty}, unless the method has its own.
     lasso: "hierarchical" or "flat".
+    lasso_cost: what its groups count, unless the method has its own.
     threshold: below which components are removed.
     momentum: of the optimizer.
   """
@@ -107,6 +118,7 @@ class Settings:
   samplers: Mapping[str, Mapping]
   lams: Mapping[str, float]
   lasso: str
+  lasso_cost: str | None
   threshold: float
   momentum: float
 
@@ -227,6 +239,15 @@ def check(m: Method, settings: Settings) -> None:
         f"{WHERE}: this method ends with dense kernels, so that it"
         " cannot meet one; remove it"
       )
+  if m.controller is not None:
+    controllers.check(m.controller, m.budget)
+    if not m.proximal or m.shrink is None or not m.fits_later:
+      raise ConfigError(
+        "config.method.controller: moves the weight of a proximal step under"
+        ' which ranks fall from the start; set proximal=True, shrink="zeros"'
+        ' and decompose="start", or remove it (in the loss, a weight that grows'
+        " until ranks fall would make training diverge)"
+      )
   if m.proximal and m.penalty != "group_lasso":
     raise ConfigError(
       'config.method.proximal: only penalty="group_lasso" has an exact step'
@@ -246,18 +267,26 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
     LowRankError: config.rules do not fit the layers.
   """
   check(m, settings)
-  layers, lasso = subject.layers, settings.lasso
+  layers = subject.layers
   lams, step_lams = weights(m, settings)
   key = "config.discover.lam" if m.lam is None else "config.method.lam"
-  penalty = step_penalty = shrink = None
+  penalty = step_penalty = shrink = controller = None
+  ranks = _Ranks(m, settings.rules if m.decompose else (), subject)
+  lasso = {"kind": settings.lasso}
+  if cost := m.lasso_cost or settings.lasso_cost:
+    weighted = controllers.component_weights(layers, ranks.limits, cost)
+    lasso["weights"] = weighted if ranks.limits else None
   if m.proximal:
-    lasso_now = functools.partial(lowrank.group_lasso, kind=lasso)
-    step_penalty = jax.jit(lasso_now)
+    step_penalty = jax.jit(functools.partial(lowrank.group_lasso, **lasso))
   elif m.penalty is not None:
-    penalty = functools.partial(PENALTIES[m.penalty], kind=lasso)
+    own = lasso if m.penalty == "group_lasso" else {}
+    penalty = functools.partial(PENALTIES[m.penalty], **own)
   if m.shrink is not None:
     shrink = _shrinker(m.shrink, settings.threshold)
-  ranks = _Ranks(m, settings.rules if m.decompose else (), subject)
+  if m.controller is not None:
+    controller = controllers.bind(
+      m.controller, m.budget, layers, ranks.limits, subject.dense
+    )
   plan, chain = _plans(m, settings, subject)
   return Bound(
     decompose_at=m.decompose,
@@ -268,7 +297,9 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
     lam_key=f"{key} (now {lams['discover']:g})",
     penalty=penalty,
     step_penalty=step_penalty,
-    optimizer=functools.partial(wrap_optimizer, m, lasso, step_lams, layers),
+    optimizer=functools.partial(
+      wrap_optimizer, m, lasso, step_lams, layers, settings.momentum
+    ),
     shrink=shrink,
     threshold=settings.threshold if m.shrink == "threshold" else None,
     fit=ranks.fit_found,
@@ -279,6 +310,7 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
     switches=_switch(m),
     race=plan,
     nested=chain,
+    controller=controller,
   )
 
 
@@ -337,9 +369,10 @@ def weights(m: Method, s: Settings) -> tuple[dict[str, float], ...]:
 
 def wrap_optimizer(
   m: Method,
-  lasso: str,
+  lasso: Mapping[str, Any],
   lams: Mapping[str, float],
   layers: Layers | None,
+  momentum: float,
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
   discover_steps: int,
@@ -348,9 +381,10 @@ def wrap_optimizer(
 
   Args:
     m: the method.
-    lasso: kind of the group lasso.
+    lasso: kind and weights of the group lasso.
     lams: its weight in each phase.
     layers: as in `prox.proximal`.
+    momentum: of the optimizer, by which a weight given to an update counts.
     tx: the optimizer.
     schedule: of its learning rate.
     discover_steps: where the weight of the penalty changes.
@@ -361,10 +395,7 @@ def wrap_optimizer(
       [discover_steps],
     )
     step = prox.proximal(
-      lambda count: schedule(count) * lam(count),
-      1.0,
-      kind=lasso,
-      layers=layers,
+      schedule, lam, momentum=momentum, layers=layers, **lasso
     )
     tx = optax.chain(tx, step)
   return freeze.freeze_base(tx) if m.trainable == "factors" else tx

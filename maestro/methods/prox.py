@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from maestro import lowrank, trees
@@ -52,13 +53,14 @@ def _check(kind: str, **strengths: Any) -> None:
 
 @functools.partial(jax.jit, static_argnames="kind")
 def _scales(n: jax.Array, t: jax.Array, kind: str) -> jax.Array:
-  """Scales of components [F, R] from their norms [F, R]."""
+  """Scales of components [F, R] from their norms [F, R] and strengths [F]."""
 
   def loss(s):  # t / s, or 1 where the group vanishes; NaN stays NaN
-    return jnp.where(s <= t, 1.0, t / jnp.where(s == 0, 1.0, s))
+    each = jnp.broadcast_to(t, s.shape)
+    return jnp.where(s <= each, 1.0, each / jnp.where(s == 0, 1.0, s))
 
   if kind == "flat":
-    return 1.0 - loss(n)
+    return 1.0 - loss(n.T).T
 
   def step(inner, n_b):
     s = jnp.sqrt(n_b * n_b + inner * inner)
@@ -78,14 +80,16 @@ def prox(
   ranks: Tree | None,
   t: jax.typing.ArrayLike,
   kind: str = "hierarchical",
+  weights: Mapping[str, float] | None = None,
 ) -> dict:
   """Applies the proximal operator of the group lasso to all factors, exactly.
 
-    argmin_z  1/2 ||z - params||^2 + t * group_lasso(z, ranks, kind)
+    argmin_z  1/2 ||z - params||^2 + t * group_lasso(z, ranks, kind, weights)
 
   hierarchical: component k is multiplied by prod_{b <= k} c_b, where
     c_b = max(0, 1 - t / s_b) and s_b is the norm of suffix b as the steps of
-    the smaller suffixes b + 1 .. r - 1 have left it
+    the smaller suffixes b + 1 .. r - 1 have left it; with weights, t is that
+    of the layer
   flat: component k is multiplied by max(0, 1 - t / n_k), n_k its norm
 
   Costs O(size of the factors) and one scan over the largest rank for the whole
@@ -98,6 +102,7 @@ def prox(
       gives the same where dead components are zero.
     t: step size times lambda, >= 0.
     kind: "hierarchical" or "flat".
+    weights: {layer path: what its groups count}, as in `group_lasso`.
 
   Raises:
     ProxError: unknown kind, or `t` negative or not finite.
@@ -124,7 +129,14 @@ def prox(
     for n in norms.values()
   ]
   stacked = jnp.concatenate(rows)
-  scales = _scales(stacked, jnp.asarray(t, stacked.dtype), kind)
+  strengths = np.concatenate(
+    [
+      np.full(len(row), (weights or {}).get(path, 1.0))
+      for (path, _), row in zip(norms, rows, strict=True)
+    ]
+  )
+  t = jnp.asarray(t, stacked.dtype) * jnp.asarray(strengths, stacked.dtype)
+  scales = _scales(stacked, t, kind)
   changes = {path: dict(nodes[path]) for path in flat}
   start = 0
   for (path, name), n in norms.items():
@@ -172,11 +184,13 @@ def exact_ranks(params: Tree, ranks: Tree | None = None) -> dict:
 
 def proximal(
   learning_rate: optax.ScalarOrSchedule,
-  lam: float,
+  lam: optax.ScalarOrSchedule,
   *,
   kind: str = "hierarchical",
   layers: Mapping[str, LayerSpec] | None = None,
-) -> optax.GradientTransformation:
+  weights: Mapping[str, float] | None = None,
+  momentum: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
   """Replaces an update d by prox(params + d) - params; the last in a chain.
 
     optax.chain(optax.sgd(schedule), prox.proximal(schedule, lam))
@@ -187,15 +201,20 @@ def proximal(
   penalty counts (1 - mu) lam; behind Adam it is a heuristic: see docs/prox.md.
   Needs no ranks: dead components are zero, change nothing and stay zero.
 
+  An update may be given its weight as one in the loss, which behind momentum mu
+  is x / (1 - mu) here: tx.update(grads, state, params, lam=x).
+
   Args:
     learning_rate: the number or schedule that the optimizer before it uses.
-    lam: weight of the lasso, >= 0.
+    lam: weight of the lasso, >= 0, or its schedule.
     kind: "hierarchical" or "flat".
     layers: from `maestro.layers`; needed only where shapes do not tell the
       leading axes of factors apart.
+    weights: {layer path: what its groups count}, as in `group_lasso`.
+    momentum: of the optimizer before it, for a weight that an update is given.
 
   Raises:
-    ProxError: unknown kind, `lam` or a constant learning rate out of range.
+    ProxError: unknown kind, a constant `lam` or learning rate out of range.
   """
   _check(kind, learning_rate=learning_rate, lam=lam)
 
@@ -203,18 +222,20 @@ def proximal(
     del params
     return ProximalState(jnp.zeros((), jnp.int32))
 
-  def update(updates, state, params=None):
+  def update(updates, state, params=None, **given):
     if params is None:
       raise ProxError(
         "a proximal step starts from the parameters: call"
         " tx.update(grads, state, params)"
       )
-    rate = (
-      learning_rate(state.count) if callable(learning_rate) else learning_rate
+    rate, strength = (
+      x(state.count) if callable(x) else x for x in (learning_rate, lam)
     )
+    if "lam" in given:
+      strength = given["lam"] / (1 - momentum)
     ranks = lowrank.full_ranks(params, layers)
     moved = cast(Tree, optax.apply_updates(params, updates))
-    aim = prox(moved, ranks, rate * lam, kind)
+    aim = prox(moved, ranks, rate * strength, kind, weights)
     changes = {}
     for path in trees.flatten_ranks(ranks):
       node, to = trees.get(params, path), trees.get(aim, path)
@@ -224,4 +245,4 @@ def proximal(
     updates = trees.replace(updates, changes)
     return updates, ProximalState(optax.safe_increment(state.count))
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)

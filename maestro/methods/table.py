@@ -45,6 +45,12 @@ class Method:
     penalty: what is added to the loss, see `methods.PENALTIES`.
     proximal: takes the group lasso as an exact step of the optimizer, see
       `maestro.methods.prox`, instead of in the loss.
+    lasso_cost: "macs" or "params": groups of the lasso count what a component
+      of their layer costs, see `controllers.component_weights`; None is
+      config.lasso_cost.
+    controller: moves the weight of the lasso in discover so that the cost of
+      the ranks comes to `budget`, see `maestro.methods.controllers`; None keeps
+      it.
     lam: weight of the penalty (and of the projection's) in both phases; None
       is config.discover.lam and config.settle.lam. Where it is a step after the
       optimizer's, with momentum mu, that has the weight lam / (1 - mu), so that
@@ -72,6 +78,8 @@ class Method:
   shrink: str | None = dataclasses.field(default=None, metadata=FACTORS)
   penalty: str | None = dataclasses.field(default=None, metadata=FACTORS)
   proximal: bool = False
+  lasso_cost: Literal["macs", "params"] | None = None
+  controller: Mapping | None = dataclasses.field(default=None, metadata=FACTORS)
   lam: Weight | None = None
   project: Mapping | None = dataclasses.field(default=None, metadata=KERNELS)
   race: Mapping | None = None
@@ -145,6 +153,19 @@ METHODS: dict[str, Method] = {
       shrink="zeros",
       penalty="group_lasso",
       proximal=True,
+    ),
+    # Ours: the same for a budget instead of a lambda. Groups count what their
+    # components cost, and the lasso's weight follows the cost.
+    Method(
+      "lasso",
+      decompose="start",
+      sampler=PHASE,
+      shrink="zeros",
+      penalty="group_lasso",
+      proximal=True,
+      lasso_cost="macs",
+      controller={"name": "follow"},
+      budget="macs:0.5",
     ),
     # A dense network, truncated after training.
     Method("svd", decompose="end", ranks=QUARTER),

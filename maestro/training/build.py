@@ -326,6 +326,7 @@ def settings(c: Config) -> methods.Settings:
     samplers={name: phase.sampler for name, phase in phases.items()},
     lams={name: phase.lam for name, phase in phases.items()},
     lasso=c.lasso,
+    lasso_cost=c.lasso_cost,
     threshold=c.threshold,
     momentum=c.optimizer.get("momentum") or 0.0,
   )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from maestro.lowrank import Rule
+from maestro.methods import controllers
 from maestro.methods.table import Method, parse_method
 from maestro.schema import (
   ConfigError,
@@ -115,6 +116,8 @@ class Config:
     seed: of all random numbers, see `maestro.training.streams`.
     loss: "cross_entropy" or "squared_error".
     lasso: "hierarchical" (the paper) or "flat".
+    lasso_cost: "macs" or "params": its groups count what their components cost;
+      None, the paper, is the same for all layers.
     threshold: components of lower importance are removed by shrinking.
     truncate: when factors are cut.
     full_pass: full-rank pass and distillation; None is off.
@@ -143,6 +146,7 @@ class Config:
   seed: Annotated[int, Range("[0, 4294967296)")] = 0
   loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
   lasso: Literal["hierarchical", "flat"] = "hierarchical"
+  lasso_cost: Literal["macs", "params"] | None = None
   threshold: Weight = 1e-5
   truncate: Truncate = Truncate()
   full_pass: FullPass | None = None
@@ -183,6 +187,11 @@ def parse(config: Mapping[str, Any]) -> Config:
       "config.full_pass: a nested network trains one level a step, without a"
       " second pass; remove it"
     )
+  if method.controller is not None and not c.discover.shrink:
+    raise ConfigError(
+      "config.discover.shrink: False, but config.method.controller looks at the"
+      " ranks that fall; set it to True"
+    )
   if method.decompose == "settle" and not length_of(c, "settle").value:
     raise ConfigError(
       "config.settle.epochs: 0, but config.method decomposes at the start of"
@@ -216,6 +225,10 @@ def periods_of(c: Config, clock: Clock) -> Periods:
     return clock.steps(length)
 
   logs = c.log_every is not None or c.log_every_steps is not None
+  shrink = dict.fromkeys(PHASES, "epochs:1")
+  if c.method.controller is not None:
+    updates = controllers.options_of(c.method.controller).updates
+    shrink["discover"] = f"steps:{max(clock.discover // updates, 1)}"
   return Periods(
     log=steps(c.log_every, f"steps:{c.log_every_steps}", "config.log_every")
     if logs
@@ -229,7 +242,9 @@ def periods_of(c: Config, clock: Clock) -> Periods:
       "config.checkpoint.every",
     ),
     shrink={
-      name: steps(phase.shrink_every, "epochs:1", f"config.{name}.shrink_every")
+      name: steps(
+        phase.shrink_every, shrink[name], f"config.{name}.shrink_every"
+      )
       for name in PHASES
       if (phase := getattr(c, name)).shrink
     },

@@ -26,7 +26,7 @@ from maestro.report import figures
 from maestro.report.tables import layer_table, level_table
 from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build, chain, levels, optim, race
+from maestro.training import build, chain, control, levels, optim, race
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
 from maestro.training.durations import every
@@ -136,6 +136,8 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         shrinks = t.periods.shrink.get(name)
         if shrinks and (last or discovered or every(step, shrinks)):
           state = _shrink(t, state, ledger, c.truncate)
+          record |= control.record(state)  # of the steps that were made
+          state = control.update(t, state, ledger)
         if name == "discover" and whole and _ends_discover(t, state, ledger):
           writer.message(f"discover ends after {t.clock.text(step)}")
         discovered = step == ledger.discover_steps
@@ -256,7 +258,7 @@ def _start(t: Training, workdir: pathlib.Path) -> tuple[TrainState, Ledger]:
   _, tx = t.optimizer(ledger.discover_steps)
   state = t.new_state(tx, *t.initial(), {})
   if t.method.decompose_at == "start":
-    state = _decompose(t, state, ledger)
+    state = control.begin(t, _decompose(t, state, ledger))
     write_spectra(workdir, "start", state)
   return state, ledger
 
@@ -340,7 +342,8 @@ def _enter_settle(
   if t.method.nested is not None:
     return chain.enter(t, t.method.nested, state, ledger)
   if t.method.decompose_at != "settle":
-    return _cut(t, at_ranks(state, t.method.fit(state.ranks)), ledger, truncate)
+    state = at_ranks(state, t.method.fit(state.ranks)).replace(controls={})
+    return _cut(t, state, ledger, truncate)
   state = _decompose(t, state, ledger)
   variables = variables_of(state)
   nn.check_ranks(t.model, variables, state.ranks, t.facts.example)
@@ -411,6 +414,7 @@ def _means(
   if t.method.step_penalty is not None:  # no loss has it; at the epoch's end
     value = float(t.method.step_penalty(state.params, state.ranks))
     lam = t.method.lams[ledger.phase(step - 1)]
+    lam = float(state.controls.get("lam", lam))
     record["train/penalty"] = lam * value
   return record, reset_metrics(state)
 

@@ -27,6 +27,9 @@ class TrainState(struct.PyTreeNode):
     metrics: float32 sums over the steps since training metrics were written.
     levels: of a nested network, {"ranks": a rank tree with a leading axis of
       levels, "batch_stats": their statistics, likewise}; {} for one size.
+    controls: {"lam": float32 weight of the proximal step, "force": the one that
+      it has when it has any} while a controller moves it; {} where it is the
+      config's.
   """
 
   step: jax.Array
@@ -37,6 +40,7 @@ class TrainState(struct.PyTreeNode):
   key: jax.Array
   metrics: dict[str, jax.Array]
   levels: Any = struct.field(default_factory=dict)
+  controls: Any = struct.field(default_factory=dict)
 
 
 def zero_metrics(loss: str) -> dict[str, jax.Array]:
@@ -53,6 +57,7 @@ def new_state(
   batch_stats: trees.Tree,
   ranks: trees.Tree,
   levels: trees.Tree | None = None,
+  controls: trees.Tree | None = None,
 ) -> TrainState:
   """Returns the state at step 0."""
   return TrainState(
@@ -64,6 +69,7 @@ def new_state(
     key=jax.random.key_data(streams.stream(seed, "steps")),
     metrics=zero_metrics(loss),
     levels=levels or {},
+    controls=controls or {},
   )
 
 
@@ -72,7 +78,8 @@ def restore(checkpoints, new_state) -> tuple[TrainState, dict]:
   step = checkpoints.latest
   shapes, _ = checkpoints.shapes(step)
   parts = ("params", "batch_stats", "ranks")
-  given = [shapes[part] for part in parts] + [shapes.get("levels", {})]
+  given = [shapes[part] for part in parts]
+  given += [shapes.get(part, {}) for part in ("levels", "controls")]
   abstract = jax.eval_shape(new_state, *given)
   return checkpoints.load(step, abstract)
 

@@ -44,6 +44,9 @@ def make_step(
   At a level of a nested network, the network is the one cut to its ranks, which
   are shapes: what lies beyond costs nothing and has no gradient. The statistics
   are the level's own; those of the whole network are the largest level's.
+
+  Where a controller moves the weight of the optimizer's proximal step, the
+  state holds it.
   """
   example_loss = losses.LOSSES[loss]
   metrics = losses.METRICS[loss]
@@ -101,7 +104,10 @@ def make_step(
 
     grad = jax.value_and_grad(objective, has_aux=True)
     (total, (stats, sums)), grads = grad(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    weight = {"lam": state.controls["lam"]} if state.controls else {}
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+      grads, state.opt_state, state.params, **weight
+    )
     sums |= {"steps": 1.0, "grad_norm": optax.tree.norm(grads)}
     new = state.replace(
       step=state.step + 1,

@@ -109,7 +109,7 @@ def make_optimizer(c, schedule, discover_steps):
   _, lams = binding.weights(c.method, build.settings(c))
   tx = optim.make(c.optimizer, schedule)
   return binding.wrap_optimizer(
-    c.method, c.lasso, lams, None, tx, schedule, discover_steps
+    c.method, {"kind": c.lasso}, lams, None, 0.9, tx, schedule, discover_steps
   )
 
 

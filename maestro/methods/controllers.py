@@ -1,0 +1,172 @@
+"""What moves the weight of the group lasso, so that ranks come to a budget.
+
+A component's groups count by what it costs (`component_weights`). Every so many
+steps of discover the controller compares the cost of the ranks that are left
+with an aim that falls to the budget, t in [0, 1] of discover:
+
+  aim(t) = whole * (budget / whole)^min(t / reach, 1)
+  cost > aim:  force <- force * rise,  lam = force
+  otherwise:   force <- force / sqrt(rise),  lam = 0
+
+so that ranks fall as slowly as the time allows, and no further than asked for.
+Costs here are those of factors, unlike a network's, whose layers are merged
+where that is cheaper: they fall with every component. Once the network meets
+the budget, lam stays 0: ranks that are lost do not come back.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+
+from maestro import schema
+from maestro.cost.budget import WHERE, Budget, parse_budget, weight_cost
+from maestro.cost.count import Cost, layer_macs
+from maestro.schema import ConfigError
+from maestro.trees import Layers, LayerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How the weight of the lasso follows the cost.
+
+  Attributes:
+    updates: in discover.
+    reach: the part of discover after which the budget is aimed at.
+    force: the first one.
+    rise: the factor by which it rises.
+  """
+
+  updates: schema.Count = 100
+  reach: schema.Ratio = 0.8
+  force: schema.Positive = 1e-4
+  rise: Annotated[float, schema.Range("(1, inf)")] = 1.3
+
+
+CONTROLLERS = {"follow": Options}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Controller:
+  """The controller of a method in a run.
+
+  Attributes:
+    options: see `Options`.
+    budget: of the network.
+    limit: the most that it may cost.
+    costs: {path: cost of a component}.
+    fixed: cost of what is not factored.
+    whole: cost of all factors at full rank, and of the rest.
+  """
+
+  options: Options
+  budget: Budget
+  limit: int
+  costs: Mapping[str, int]
+  fixed: int
+  whole: int
+
+  def cost(self, ranks: Mapping[str, Any]) -> int:
+    """Cost of factors at {path: rank}, and of the rest."""
+    return self.fixed + sum(
+      cost * int(np.sum(ranks[path])) for path, cost in self.costs.items()
+    )
+
+  def update(
+    self, force: float, ranks: Mapping[str, Any], network: int, done: float
+  ) -> tuple[float, float]:
+    """Returns the next (lam, force).
+
+    Args:
+      force: the last one.
+      ranks: {path: rank} that are left.
+      network: cost of the network at them, in the budget's unit.
+      done: the part of discover.
+    """
+    if network <= self.limit:
+      return 0.0, force
+    part = min(done / self.options.reach, 1.0)
+    aim = self.whole * (self.limit / self.whole) ** part
+    if self.cost(ranks) > aim:
+      force *= self.options.rise
+      return force, force
+    return 0.0, force / math.sqrt(self.options.rise)
+
+
+def options_of(section: Mapping) -> Options:
+  return schema.make(CONTROLLERS, section, "config.method.controller")()
+
+
+def bind(
+  section: Mapping,
+  budget: str | None,
+  layers: Layers,
+  limits: Mapping[str, int],
+  dense: Cost,
+) -> Controller:
+  """Binds a method's controller to a network.
+
+  Args:
+    section: a name in CONTROLLERS, and its options.
+    budget: such as "macs:0.5".
+    layers: of the model.
+    limits: {path: full rank} of the layers that are factored.
+    dense: cost of the dense network.
+
+  Raises:
+    ConfigError: names the key.
+  """
+  check(section, budget)
+  bound = parse_budget(budget or "")
+  costs = {path: component_cost(layers[path], bound.kind) for path in limits}
+  total = getattr(dense, bound.kind)
+  fixed = total - sum(
+    weight_cost(layers[path], None, bound.kind) for path in limits
+  )
+  whole = fixed + sum(
+    costs[path] * rank * math.prod(layers[path].lead)
+    for path, rank in limits.items()
+  )
+  limit = bound.limit(total)
+  return Controller(options_of(section), bound, limit, costs, fixed, whole)
+
+
+def check(section: Mapping, budget: str | None) -> None:
+  """Refuses a controller with nothing to come to.
+
+  Raises:
+    ConfigError: names the key.
+  """
+  options_of(section)
+  if budget is None:
+    raise ConfigError(
+      f'{WHERE}: missing, as in "macs:0.5": it is what the controller comes to'
+    )
+  parse_budget(budget)
+
+
+def component_cost(spec: LayerSpec, kind: str) -> int:
+  """MACs or parameters of one component of one element of a layer."""
+  if kind == "macs":
+    return layer_macs(spec, 1) // math.prod(spec.lead)
+  return spec.n_in + spec.n_out
+
+
+def component_weights(
+  layers: Layers, limits: Mapping[str, int], kind: str
+) -> dict[str, float]:
+  """{path: weight of its groups}, by what a component costs.
+
+    w_l = sqrt(c_l), times a number that makes the mean over all components 1
+
+  The square root, as the penalty counts norms, and costs count components: with
+  curvature h, the component of size s that is worth its cost has h s^2 / 2 = mu
+  c; a soft threshold lam w / h meets it, s = sqrt(2 mu c / h), at w in
+  proportion to sqrt(c).
+  """
+  roots = {p: math.sqrt(component_cost(layers[p], kind)) for p in limits}
+  counts = {p: r * math.prod(layers[p].lead) for p, r in limits.items()}
+  mean = sum(roots[p] * n for p, n in counts.items()) / sum(counts.values())
+  return {path: root / mean for path, root in roots.items()}
