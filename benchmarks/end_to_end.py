@@ -1,6 +1,6 @@
 """Wall clock of whole runs, dense and Maestro in turn, everything included.
 
-  python -m benchmarks.end_to_end --config=configs/lenet_od.py --repeat=3
+  python -m benchmarks.end_to_end --config=configs/lenet_od.py:maestro --repeat=3
   python -m benchmarks.end_to_end --config=configs/resnet_od.py:short
   python -m benchmarks.end_to_end --config.discover.epochs=2 --out=runs.jsonl
   python -m benchmarks.end_to_end --smoke
@@ -152,7 +152,9 @@ def main(argv: list[str]) -> None:
 def define_flags() -> None:
   """Defines the flags; called only as a program, as others use the names."""
   config_flags.DEFINE_config_file(
-    "config", "configs/lenet_od.py", "Config file, with variants after a colon."
+    "config",
+    "configs/lenet_od.py:maestro",
+    "Config file, with variants after a colon.",
   )
   flags.DEFINE_integer("repeat", 1, "Runs of each method.", lower_bound=1)
   flags.DEFINE_bool("smoke", False, "Two short runs, to try it.")

@@ -89,24 +89,29 @@ def base() -> ConfigDict:
   return c
 
 
-WAYS = ("race", "nested")  # at most one; see `go`
+WAYS = ("race", "nested", "maestro")  # at most one; see `go`
 
 
-def go(c: ConfigDict, variants: set[str], warm_up: int) -> None:
-  """Trains for a budget (race) or for any size (nested), in as many epochs.
+def go(
+  c: ConfigDict, variants: set[str], warm_up: int, default: str = "maestro"
+) -> None:
+  """Trains for a budget (race), for any size (nested) or by a lambda (maestro).
+
+  All in as many epochs.
 
   Args:
-    c: a config of both phases, whose schedules are settle's own.
+    c: a config of maestro, whose settle phase has a schedule of its own.
     variants: of which those in WAYS and smoke are applied.
-    warm_up: epochs of the dense network before.
+    warm_up: epochs of the dense network before race and nested.
+    default: of WAYS, if none is asked for.
 
   Raises:
-    ValueError: both are asked for.
+    ValueError: two are asked for.
   """
-  chosen = sorted(variants & {*WAYS})
+  chosen = sorted(variants & {*WAYS}) or [default]
   if len(chosen) > 1:
     raise ValueError(f"choose one of the variants {', '.join(WAYS)}")
-  if not chosen:
+  if chosen == ["maestro"]:
     return
   c.method = chosen[0]
   if c.method == "race":
@@ -222,7 +227,7 @@ def ways(c: ConfigDict, variants: set[str]) -> None:
   Raises:
     ValueError: with paper, which does not settle.
   """
-  if variants & {*WAYS} and not c.settle.epochs:
+  if variants & {"race", "nested"} and not c.settle.epochs:
     raise ValueError(
       "race and nested train their factors in settle: not with paper"
     )

@@ -1,16 +1,18 @@
-"""LeNet on MNIST: discovers its ranks for 10 epochs, then settles for 10.
+"""LeNet on MNIST: one network with levels of 100 to 25 % of the MACs.
 
   python -m maestro.main --config=configs/lenet_od.py
 
 Reads MNIST from --config.data.data_dir or TFDS_DATA_DIR. Dense: 44,426
-parameters, 281,640 MACs. Variants:
+parameters, 281,640 MACs. An epoch of dense warm-up, then 19 along a chain of
+nested profiles. Variants:
 
-  paper   the paper's schedule: 20 epochs of sampling at constant lambda and
-          learning rate, nothing settles; PyTorch's initial weights, and all but
-          500 training images
-  race    for a budget, --config.budget=macs:0.4, instead of a lambda
-  nested  for any size: one network with levels of 100 to 25 % of the MACs
-  smoke   two epochs, to see that everything runs
+  race     for a budget, --config.budget=macs:0.4
+  maestro  by a lambda: ordered dropout and group lasso discover ranks for 10
+           epochs, which settle for 10
+  paper    the same on the paper's schedule: 20 epochs of sampling at constant
+           lambda and learning rate, nothing settles; PyTorch's initial weights,
+           and all but 500 training images
+  smoke    two epochs, to see that everything runs
 """
 
 import pathlib
@@ -57,7 +59,9 @@ def get_config(arg: str = "") -> ConfigDict:
   if "smoke" in variants:
     c.discover.epochs = 1
     c.settle.epochs = min(c.settle.epochs, 1)
-  elif variants & {*common.WAYS}:
+  by_lambda = variants & {"maestro", "paper"}
+  if not by_lambda:
     c.settle.schedule.boundaries = (0.8,)
-  common.go(c, variants, warm_up=1)
+  default = "maestro" if by_lambda else "nested"
+  common.go(c, variants, warm_up=1, default=default)
   return c.lock()

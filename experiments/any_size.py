@@ -9,12 +9,14 @@ Rows, all by the network's recipe:
 
   nested10, nested20  ONE network along a chain of levels, in so many epochs
   race                a network for each budget: propose, race, settle
+  lasso               a network for each budget: ordered dropout and a lasso
+                      weighted by costs, whose strength follows the budget
   fixed               a network for each budget, of uniform ranks, from scratch
   dense
 
 LeNet has 10 epochs of configs/lenet_od.py, where not said (the learning rate
 falls to a tenth after 80 % of them); an epoch of dense warm-up begins race and
-nested. ResNet-20 has 8 short epochs of 16,000 images, configs/resnet20_od.py,
+nested, and lasso discovers for three. ResNet-20 has 8 short epochs of 16,000 images, configs/resnet20_od.py,
 and nested 10, which cost what 8 dense ones do, the first half of them dense.
 
 Ranks are chosen on training images; the test set is read once, at the end of
@@ -60,7 +62,7 @@ class Network:
     variant: of that file.
     levels: percent of the dense network's MACs.
     epochs: {row: of its run}.
-    warm_up: {method: epochs before its settle phase}; 1 where not said.
+    warm_up: {method: epochs of its discover phase}; 1 where not said.
   """
 
   name: str
@@ -94,15 +96,16 @@ NETWORKS = {
     "",
     levels=(80, 60, 50, 40, 25),
     epochs={"dense": 10, "nested10": 10, "race": 10, "fixed": 10}
-    | {"nested20": 20},
+    | {"lasso": 10, "nested20": 20},
+    warm_up={"lasso": 3},
   ),
   "resnet20": Network(
     "any_size_resnet20",
     "resnet20_od.py",
     "short",
     levels=(75, 50, 28),
-    epochs={"dense": 8, "nested10": 10, "race": 8, "fixed": 8},
-    warm_up={"nested": 5},
+    epochs={"dense": 8, "nested10": 10, "race": 8, "fixed": 8, "lasso": 8},
+    warm_up={"nested": 5, "lasso": 3},
   ),
 }
 
@@ -125,7 +128,8 @@ def get_config(arg: str):
     if "one_line" in module:
       module["one_line"](c)
     else:  # over the whole run, whatever part of it settles
-      c.settle.schedule.boundaries = ((0.8 * epochs - 1) / (epochs - 1),)
+      settled = 0.8 * epochs - c.discover.epochs
+      c.settle.schedule.boundaries = (settled / c.settle.epochs,)
   with c.ignore_type():
     c.method = method if method != "nested" else network.nested
   if method == "fixed":  # from scratch: nothing warms up
@@ -139,7 +143,7 @@ def jobs_of(rows: Sequence[str], percents: Sequence[int]) -> list[tuple]:
   """Returns (row, percent) of all runs; 100 where one run has every size."""
   jobs = []
   for row in rows:
-    budgeted = row in ("race", "fixed")
+    budgeted = row in ("race", "fixed", "lasso")
     jobs += [(row, p) for p in percents] if budgeted else [(row, 100)]
   return jobs
 

@@ -34,7 +34,7 @@ from maestro.runs import provenance
 from maestro.runs import workdir as workdir_lib
 from maestro.training import build
 
-CONFIG = "configs/lenet_od.py"
+CONFIG = "configs/lenet_od.py:maestro"
 RECIPE = [
   "--config.discover.lam=0",
   "--config.discover.shrink=False",

@@ -25,9 +25,9 @@ RESULTS = pathlib.Path("experiments/results/lenet")
 # split: the smallest tried that keeps the mean of MACs at half of dense; 2.5e-3
 # has a higher validation accuracy at 51.5 % of them.
 ROWS = {
-  "dense": ("", ["--config.method=dense"]),
-  "settled_lam3e-3": ("", ["--config.discover.lam=3e-3"]),
-  "settled_lam2.5e-3": ("", ["--config.discover.lam=2.5e-3"]),
+  "dense": ("maestro", ["--config.method=dense"]),
+  "settled_lam3e-3": ("maestro", ["--config.discover.lam=3e-3"]),
+  "settled_lam2.5e-3": ("maestro", ["--config.discover.lam=2.5e-3"]),
   "paper_lam3e-4": ("paper", ["--config.discover.lam=3e-4"]),
   "paper_lam1e-3": ("paper", ["--config.discover.lam=1e-3"]),
 }

@@ -1,8 +1,9 @@
 """Chooses the rank of each layer of a trained run for budgets.
 
-  python -m maestro.allocate --workdir=runs/lenet_od --budgets=macs:0.8,macs:0.5
-  python -m maestro.allocate --workdir=runs/lenet_od --checkpoint=discover \
-      --rule=dp --budgets=params:0.3,latency_ms:0.2
+  python -m maestro.allocate --workdir=runs/lenet_od_maestro \
+      --budgets=macs:0.8,macs:0.5
+  python -m maestro.allocate --workdir=runs/lenet_od_maestro \
+      --checkpoint=discover --rule=dp --budgets=params:0.3,latency_ms:0.2
 
 Budgets are written kind:value: params, macs and bytes are fractions of the
 dense network's, latency_ms is the time of a forward pass on this device. None
@@ -17,8 +18,8 @@ is ever exceeded. Rules:
 
 greedy and dp measure losses on one batch of training examples. The networks
 are judged on the validation split, with batch-norm statistics of their own.
---reorder first brings components into the order of what losing them does to the
-loss, for checkpoints whose training has not ordered them jointly.
+Components are first brought into the order of what losing them does to the
+loss, on 512 training examples, unless --noreorder is given.
 Writes pareto.json and pareto.png to --out; each of the file's rows is a profile
 ({"ranks": ...}) as well.
 """
@@ -36,7 +37,7 @@ from maestro import cli
 from maestro import data as data_lib
 from maestro.cost.budget import Budget
 from maestro.deploy.choose import RULES, Options, allocate
-from maestro.deploy.reorder import reordered
+from maestro.deploy.reorder import before_cuts
 from maestro.errors import UserError
 from maestro.report import pareto
 from maestro.runs import provenance
@@ -58,7 +59,12 @@ def _define_flags() -> None:
     build.CHECKPOINTS,
     "The newest, or the end of discover, which is ordered but not settled.",
   )
-  flags.DEFINE_bool("reorder", False, "Bring components into fisher order.")
+  flags.DEFINE_bool(
+    "reorder",
+    None,
+    "First bring components into fisher order; the default, but for nested"
+    " runs.",
+  )
   flags.DEFINE_string(
     "out", None, "Where results go; the default is WORKDIR/pareto."
   )
@@ -89,8 +95,7 @@ def main(argv: list[str]) -> None:
   run = build.open_run(values.workdir, values.checkpoint, values.data_dir)
   dataset = data_lib.make(**run.config.data)
   start = time.monotonic()
-  if values.reorder:
-    run = reordered(run, dataset)
+  run = before_cuts(run, dataset, values.reorder)
   rows = allocate(
     run,
     budgets,
@@ -107,7 +112,7 @@ def main(argv: list[str]) -> None:
     "checkpoint": values.checkpoint,
     "step": run.step,
     "rule": values.rule,
-    "reorder": values.reorder,
+    "reorder": values.reorder is not False and not run.levels,
     "options": options,
     "git": provenance.git_commit(),
     "device": f"{device.platform}: {device.device_kind}",

@@ -1,10 +1,11 @@
 """Cuts a smaller network out of a trained run, checks it, writes it.
 
-  python -m maestro.export --workdir=runs/lenet_od --out=lenet_small
-  python -m maestro.export --workdir=runs/lenet_od --checkpoint=discover \
-      --budget=macs:0.5 --out=lenet_half
-  python -m maestro.export --workdir=runs/lenet_od --checkpoint=discover \
-      --profiles=0.8,0.6,0.4,0.25 --out=lenet_any
+  python -m maestro.export --workdir=runs/lenet_od --out=lenet_any_size
+  python -m maestro.export --workdir=runs/digits_od --out=digits_small
+  python -m maestro.export --workdir=runs/digits_od_maestro \
+      --checkpoint=discover --budget=macs:0.3 --out=digits_third
+  python -m maestro.export --workdir=runs/digits_od_maestro \
+      --checkpoint=discover --profiles=0.8,0.6,0.4,0.25 --out=digits_any
 
 Truncates the factors, merges the layers whose dense kernel is cheaper, compares
 with the masked network (an error above --tolerance), computes batch-norm
@@ -27,7 +28,7 @@ from maestro import data as data_lib
 from maestro.deploy import artifact
 from maestro.deploy import choose as allocate
 from maestro.deploy.export import STABLEHLO, Options, choose_sizes, export
-from maestro.deploy.reorder import reordered
+from maestro.deploy.reorder import before_cuts
 from maestro.errors import UserError
 from maestro.training import build
 
@@ -52,9 +53,10 @@ def define_flags() -> None:
   )
   flags.DEFINE_bool(
     "reorder",
-    False,
+    None,
     "First bring components into the order of what losing them does to the"
-    " loss, on 512 training examples.",
+    " loss, on 512 training examples; the default, where ranks are cut and data"
+    " is there, but for nested runs.",
   )
   flags.DEFINE_string(
     "data_dir", None, "Prepared data; the default is TFDS_DATA_DIR."
@@ -95,8 +97,8 @@ def main(argv: list[str]) -> None:
   except data_lib.DataError as error:
     print(f"without the data set: {error}")
     dataset = None
-  if values.reorder:
-    run = reordered(run, dataset)
+  if values.budget or values.ranks or values.profiles or values.reorder:
+    run = before_cuts(run, dataset, values.reorder)
   sizes = choose_sizes(
     run,
     budget=values.budget,

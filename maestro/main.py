@@ -4,7 +4,8 @@ The same command resumes an interrupted run; a finished one says so. SIGTERM
 saves the state and exits with code 75.
 
   python -m maestro.main --config=configs/digits_od.py
-  python -m maestro.main --config=configs/lenet_od.py --config.discover.lam=1e-3
+  python -m maestro.main --config=configs/lenet_od.py:race \
+      --config.budget=macs:0.25
   python -m maestro.main --config=configs/lenet_od.py:smoke --workdir=runs/try
   python -m maestro.main --config=configs/lenet_od.py --config.method=dense \
       --workdir=runs/lenet_dense
@@ -43,7 +44,7 @@ _DATA_DIR = flags.DEFINE_string(
 
 
 def default_workdir(config: str) -> pathlib.Path:
-  """Turns "configs/lenet_od.py:paper,smoke" into runs/lenet_od_paper_smoke."""
+  """Turns "configs/lenet_od.py:paper,smoke" into runs/lenet_od_paper,smoke."""
   file, _, variants = config.partition(":")
   name = pathlib.Path(file).stem
   return pathlib.Path("runs") / "_".join([name, *filter(None, [variants])])

@@ -6,9 +6,10 @@ accuracy is at most --max_accuracy_loss below the dense network's is chosen. If
 its cost exceeds --max_params or --max_macs, no lambda meets both. The test
 split plays no part in the choice.
 
-  python -m maestro.search --config=configs/digits_od.py --start=4e-3
-  python -m maestro.search --config=configs/lenet_od.py --start=0.016 --seeds=3
-  python -m maestro.search --config=configs/lenet_od.py --start=0.016 \
+  python -m maestro.search --config=configs/digits_od.py:maestro --start=4e-3
+  python -m maestro.search --config=configs/lenet_od.py:maestro --start=0.016 \
+      --seeds=3
+  python -m maestro.search --config=configs/lenet_od.py:maestro --start=0.016 \
       --max_accuracy_loss=0.0035 --max_params=0.2 --max_macs=0.5
   python -m maestro.search --config=configs/linear_od.py --start=4e-3 \
       --max_loss_increase=1e-4
@@ -162,10 +163,12 @@ def _check(config: Mapping, criterion: Mapping[str, Any]) -> dict[str, Any]:
     if not good(criterion[flag]):
       raise SearchError(f"--{flag}={criterion[flag]}: it must be {values}")
   c = parse(config)
-  if c.method.penalty is None or c.method.lam is not None:
+  m = c.method
+  if m.penalty is None or m.lam is not None or m.controller is not None:
     raise SearchError(
-      f"--config.method={c.method.name} has no lambda to search; use maestro or"
-      " prox: the search trains the dense network by itself"
+      f"--config.method={m.name} has no lambda to search; use maestro (a variant"
+      " of configs, as in configs/digits_od.py:maestro) or prox: the search"
+      " trains the dense network by itself"
     )
   if not length_of(c, "discover").value:
     raise SearchError(

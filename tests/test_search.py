@@ -328,7 +328,11 @@ def command(monkeypatch, tmp_path):
   before = signal.getsignal(signal.SIGTERM)
 
   def command(*more):
-    argv = ["search", f"--config={DIGITS}:smoke", f"--workdir={tmp_path}"]
+    argv = [
+      "search",
+      f"--config={DIGITS}:maestro,smoke",
+      f"--workdir={tmp_path}",
+    ]
     monkeypatch.setattr(sys, "argv", [*argv, *more])
     with flagsaver.flagsaver(), warnings.catch_warnings():
       warnings.filterwarnings(
@@ -372,7 +376,7 @@ def test_sigterm_between_runs(fake, command, monkeypatch, capsys):
 def test_default_workdir(fake, command, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   assert command("--workdir=", "--start=0.004") == 0  # the last one counts
-  assert (tmp_path / "runs/digits_od_smoke_search/search.json").exists()
+  assert (tmp_path / "runs/digits_od_maestro,smoke_search/search.json").exists()
 
 
 def test_digits_end_to_end(command, monkeypatch, tmp_path, capsys):

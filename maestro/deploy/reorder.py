@@ -15,6 +15,28 @@ from maestro.training import build
 _EXAMPLES = 512  # training images from which moments are taken
 
 
+def before_cuts(
+  run: build.Run, dataset: data_lib.Dataset | None, asked: bool | None
+) -> build.Run:
+  """Returns the run that is to be cut, in fisher order where that can be had.
+
+  Args:
+    run: from `build.open_run`.
+    dataset: of the run; None if it is not there.
+    asked: --reorder; None reorders a run that has factors, unless it is nested
+      or has no data.
+
+  Raises:
+    UserError: it was asked for, and cannot be done.
+  """
+  if asked is None:
+    asked = bool(run.ranks) and not run.levels
+    if asked and dataset is None:
+      print("components keep their order: to reorder them needs training data")
+      return run
+  return reordered(run, dataset) if asked else run
+
+
 def reordered(run: build.Run, dataset: data_lib.Dataset | None) -> build.Run:
   """Returns a run of the same function whose components are in fisher order.
 

@@ -240,14 +240,7 @@ def check(m: Method, settings: Settings) -> None:
         " cannot meet one; remove it"
       )
   if m.controller is not None:
-    controllers.check(m.controller, m.budget)
-    if not m.proximal or m.shrink is None or not m.fits_later:
-      raise ConfigError(
-        "config.method.controller: moves the weight of a proximal step under"
-        ' which ranks fall from the start; set proximal=True, shrink="zeros"'
-        ' and decompose="start", or remove it (in the loss, a weight that grows'
-        " until ranks fall would make training diverge)"
-      )
+    controllers.check(m)
   if m.proximal and m.penalty != "group_lasso":
     raise ConfigError(
       'config.method.proximal: only penalty="group_lasso" has an exact step'
@@ -284,9 +277,7 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
   if m.shrink is not None:
     shrink = _shrinker(m.shrink, settings.threshold)
   if m.controller is not None:
-    controller = controllers.bind(
-      m.controller, m.budget, layers, ranks.limits, subject.dense
-    )
+    controller = controllers.bind(m, layers, ranks.limits, subject.dense)
   plan, chain = _plans(m, settings, subject)
   return Bound(
     decompose_at=m.decompose,

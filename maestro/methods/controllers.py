@@ -24,6 +24,7 @@ import numpy as np
 from maestro import schema
 from maestro.cost.budget import WHERE, Budget, parse_budget, weight_cost
 from maestro.cost.count import Cost, layer_macs
+from maestro.methods.table import Method
 from maestro.schema import ConfigError
 from maestro.trees import Layers, LayerSpec
 
@@ -100,17 +101,12 @@ def options_of(section: Mapping) -> Options:
 
 
 def bind(
-  section: Mapping,
-  budget: str | None,
-  layers: Layers,
-  limits: Mapping[str, int],
-  dense: Cost,
+  m: Method, layers: Layers, limits: Mapping[str, int], dense: Cost
 ) -> Controller:
   """Binds a method's controller to a network.
 
   Args:
-    section: a name in CONTROLLERS, and its options.
-    budget: such as "macs:0.5".
+    m: the method.
     layers: of the model.
     limits: {path: full rank} of the layers that are factored.
     dense: cost of the dense network.
@@ -118,33 +114,39 @@ def bind(
   Raises:
     ConfigError: names the key.
   """
-  check(section, budget)
-  bound = parse_budget(budget or "")
-  costs = {path: component_cost(layers[path], bound.kind) for path in limits}
-  total = getattr(dense, bound.kind)
+  options = options_of(m.controller or {})
+  budget = parse_budget(m.budget or "")
+  costs = {path: component_cost(layers[path], budget.kind) for path in limits}
+  total = getattr(dense, budget.kind)
   fixed = total - sum(
-    weight_cost(layers[path], None, bound.kind) for path in limits
+    weight_cost(layers[path], None, budget.kind) for path in limits
   )
   whole = fixed + sum(
     costs[path] * rank * math.prod(layers[path].lead)
     for path, rank in limits.items()
   )
-  limit = bound.limit(total)
-  return Controller(options_of(section), bound, limit, costs, fixed, whole)
+  return Controller(options, budget, budget.limit(total), costs, fixed, whole)
 
 
-def check(section: Mapping, budget: str | None) -> None:
-  """Refuses a controller with nothing to come to.
+def check(m: Method) -> None:
+  """Refuses a controller without a budget, or of what it cannot move.
 
   Raises:
     ConfigError: names the key.
   """
-  options_of(section)
-  if budget is None:
+  options_of(m.controller or {})
+  if m.budget is None:
     raise ConfigError(
       f'{WHERE}: missing, as in "macs:0.5": it is what the controller comes to'
     )
-  parse_budget(budget)
+  parse_budget(m.budget)
+  if not m.proximal or m.shrink is None or not m.fits_later:
+    raise ConfigError(
+      "config.method.controller: moves the weight of a proximal step under"
+      ' which ranks fall from the start; set proximal=True, shrink="zeros"'
+      ' and decompose="start", or remove it (in the loss, a weight that grows'
+      " until ranks fall would make training diverge)"
+    )
 
 
 def component_cost(spec: LayerSpec, kind: str) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from maestro import data, lowrank
+from maestro import data, lowrank, trees
 from maestro.deploy import choose, reorder
 from maestro.errors import UserError
 from maestro.report import figures
@@ -56,6 +56,31 @@ def test_the_function_stays_and_prefixes_lose_less(run, dataset):
     for r in (run, new)
   ]
   assert errors[1] < 0.7 * errors[0]
+
+
+def test_a_run_is_reordered_before_cuts_unless_it_is_not_wanted(
+  run, dataset, capsys
+):
+  def first(run):
+    return np.asarray(next(iter(trees.factored(run.params).values()))["u"])
+
+  assert reorder.before_cuts(run, dataset, False) is run
+  for asked in (None, True):
+    new = reorder.before_cuts(run, dataset, asked)
+    np.testing.assert_array_equal(
+      first(new), first(reorder.reordered(run, dataset))
+    )
+  # What cannot be reordered is left alone, unless it was asked for.
+  nested = dataclasses.replace(run, levels={"ranks": {}})
+  dense = dataclasses.replace(run, ranks={})
+  for other in (nested, dense):
+    assert reorder.before_cuts(other, dataset, None) is other
+    with pytest.raises(UserError):
+      reorder.before_cuts(other, dataset, True)
+  assert reorder.before_cuts(run, None, None) is run
+  assert "needs training data" in capsys.readouterr().out
+  with pytest.raises(UserError, match="needs training data"):
+    reorder.before_cuts(run, None, True)
 
 
 def test_what_cannot_be_reordered_is_told(run, dataset):

@@ -1,6 +1,7 @@
 """Weights of the lasso by cost, and what moves its strength to a budget."""
 
 import copy
+import dataclasses
 import itertools
 import json
 
@@ -13,6 +14,7 @@ import pytest
 from maestro import introspect, lowrank, nn, trees
 from maestro.cost import count
 from maestro.methods import controllers, prox
+from maestro.methods.table import METHODS
 from maestro.report import figures
 from maestro.runs import metrics
 from maestro.schema import ConfigError
@@ -57,9 +59,7 @@ def one(spec, kind):
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
-def test_weights_are_in_proportion_to_roots_of_costs(
-  case, kind
-):
+def test_weights_are_in_proportion_to_roots_of_costs(case, kind):
   limits = {path: spec.full_rank for path, spec in case.layers.items()}
   weights = controllers.component_weights(case.layers, limits, kind)
   units = [weights[path] / one(s, kind) for path, s in case.layers.items()]
@@ -121,13 +121,12 @@ def bound(**options):
   layers = introspect.layers(model, x)
   (path,) = layers
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-  return controllers.bind(
-    {"name": "follow"} | options,
-    "params:0.5",
-    layers,
-    {path: 20},
-    count.count_cost(layers, shapes),
+  section = {"name": "follow"} | options
+  m = dataclasses.replace(
+    METHODS["lasso"], controller=section, budget="params:0.5"
   )
+  dense = count.count_cost(layers, shapes)
+  return controllers.bind(m, layers, {path: 20}, dense)
 
 
 def test_costs_are_those_of_factors():

@@ -220,7 +220,7 @@ def test_padding_that_overflows_does_not_reach_the_mean():
 
 def test_the_shipped_config_samples_below_full_rank_from_the_first_steps():
   module = runpy.run_path(str(ROOT / "configs" / "digits_od.py"))
-  c = parse(module["get_config"]().to_dict())
+  c = parse(module["get_config"]("maestro").to_dict())
   options = dict(c.discover.sampler)
   sampler = sampling.SAMPLERS[options.pop("name")]
   ranks = {
