@@ -1,6 +1,6 @@
 """Wall clock of whole runs, dense and Maestro in turn, everything included.
 
-  python -m benchmarks.end_to_end --config=configs/lenet_od.py:maestro --repeat=3
+  python -m benchmarks.end_to_end --repeat=3
   python -m benchmarks.end_to_end --config=configs/resnet_od.py:short
   python -m benchmarks.end_to_end --config.discover.epochs=2 --out=runs.jsonl
   python -m benchmarks.end_to_end --smoke

@@ -16,8 +16,9 @@ Rows, all by the network's recipe:
 
 LeNet has 10 epochs of configs/lenet_od.py, where not said (the learning rate
 falls to a tenth after 80 % of them); an epoch of dense warm-up begins race and
-nested, and lasso discovers for three. ResNet-20 has 8 short epochs of 16,000 images, configs/resnet20_od.py,
-and nested 10, which cost what 8 dense ones do, the first half of them dense.
+nested, and lasso discovers for three. ResNet-20 has 8 short epochs of 16,000
+images, configs/resnet20_od.py, and nested 10, which cost what 8 dense ones do,
+the first half of them dense.
 
 Ranks are chosen on training images; the test set is read once, at the end of
 each run. Runs go through `python -m maestro.main` into runs/experiments/ and

@@ -166,9 +166,9 @@ def _check(config: Mapping, criterion: Mapping[str, Any]) -> dict[str, Any]:
   m = c.method
   if m.penalty is None or m.lam is not None or m.controller is not None:
     raise SearchError(
-      f"--config.method={m.name} has no lambda to search; use maestro (a variant"
-      " of configs, as in configs/digits_od.py:maestro) or prox: the search"
-      " trains the dense network by itself"
+      f"--config.method={m.name} has no lambda to search; use maestro (the"
+      " variant configs/digits_od.py:maestro) or prox: the search trains the"
+      " dense network by itself"
     )
   if not length_of(c, "discover").value:
     raise SearchError(
