@@ -64,6 +64,8 @@ class Network:
     levels: percent of the dense network's MACs.
     epochs: {row: of its run}.
     warm_up: {method: epochs of its discover phase}; 1 where not said.
+    peers: methods of `experiments.lenet_comparison`, which has the same recipe,
+      that are shown beside.
   """
 
   name: str
@@ -72,6 +74,7 @@ class Network:
   levels: tuple[int, ...]
   epochs: Mapping[str, int]
   warm_up: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  peers: tuple[str, ...] = ()
 
   @property
   def nested(self) -> dict[str, Any]:
@@ -99,6 +102,7 @@ NETWORKS = {
     epochs={"dense": 10, "nested10": 10, "race": 10, "fixed": 10}
     | {"lasso": 10, "nested20": 20},
     warm_up={"lasso": 3},
+    peers=("maestro", "svd"),
   ),
   "resnet20": Network(
     "any_size_resnet20",
@@ -208,19 +212,24 @@ def table(found: Found) -> str:
 
 def draw(found: Found) -> matplotlib.figure.Figure:
   """Draws test accuracy against MACs: a dot a seed, a line through means."""
+  curves = points(found)
+  best = max(dots[:, 1].max() for c in curves.values() for dots in c.values())
+  least = best - 3  # what is below is told, not drawn
   with matplotlib.rc_context(style.STYLE):
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, (row, curve) in enumerate(points(found).items()):
+    for i, (row, curve) in enumerate(curves.items()):
       colour = style.COLOURS[i % len(style.COLOURS)]
       together = row.startswith("nested")
       label = f"{row}: one network" if together else row
-      means = [curve[p].mean(axis=0) for p in sorted(curve)]
-      line = "-" if together else "--"
-      axes.plot(
-        *np.transpose(means), line, marker="o", color=colour, label=label
-      )
+      means = np.array([curve[p].mean(axis=0) for p in sorted(curve)])
       dots = np.concatenate(list(curve.values()))
+      high, dots = means[means[:, 1] > least], dots[dots[:, 1] > least]
+      if len(high) < len(means):
+        low = means[means[:, 1] <= least]
+        label += f" ({', '.join(f'{y:.0f} at {x:.0f} %' for x, y in low)})"
+      line = "-" if together else "--"
+      axes.plot(*high.T, line, marker="o", color=colour, label=label)
       axes.plot(*dots.T, "o", ms=3, alpha=0.4, color=colour)
     axes.set(
       xlabel="MACs of the network (% of dense)", ylabel="test accuracy (%)"
@@ -233,10 +242,24 @@ def kept(network: Network) -> Found:
   """The results files that are kept, by row and seed."""
   found: dict[tuple[str, int], list] = {}
   for row, percent in jobs_of(list(network.epochs), network.levels):
-    paths = sorted(network.results.glob(f"{row}_{percent}_seed*.json"))
-    if paths:
-      texts = [path.read_text(encoding="utf-8") for path in paths]
-      found[row, percent] = [json.loads(text) for text in texts]
+    if seeds := _read(network.results, f"{row}_{percent}_seed*.json"):
+      found[row, percent] = seeds
+  return found
+
+
+def _read(folder: pathlib.Path, pattern: str) -> list[dict[str, Any]]:
+  paths = sorted(folder.glob(pattern))
+  return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def shown(network: Network) -> Found:
+  """Results of this experiment and of its peers."""
+  found = dict(kept(network))
+  for peer in network.peers:
+    for percent in network.levels:
+      name = f"{peer}_macs{percent}_seed*.json"
+      if seeds := _read(RESULTS / "lenet_comparison", name):
+        found[peer, percent] = seeds
   return found
 
 
@@ -285,7 +308,7 @@ def main(argv: list[str]) -> None:
     range(1 if smoke else values.seeds),
     values.jobs,
   )
-  found = found if smoke else kept(network)
+  found = found if smoke else shown(network)
   print(f"\n{table(found)}")
   figure = network.figure
   figure = RUNS / f"{network.name}_smoke" / figure.name if smoke else figure

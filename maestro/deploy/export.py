@@ -411,11 +411,7 @@ def choose_sizes(
       profile, run.layers, run.params, run.ranks
     )
     if log and levels.off_chain(run, tree):
-      log(
-        f"{ranks}: these ranks are on no level of this nested network, nor"
-        " between two: expect to lose tens of points of accuracy; compare the"
-        " metrics below with those of a level"
-      )
+      log(f"{ranks}: {levels.warning(run, tree, dataset)}")
     return (Size(pathlib.Path(ranks).stem, tree),)
   if not (budget or profiles):
     return ()

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from maestro import trees
+from maestro import data as data_lib
+from maestro import lowrank, trees
 from maestro.cost.budget import COSTS, Budget, BudgetError, Ranks, cost_tables
 from maestro.training import chain
 from maestro.training import levels as levels_lib
 from maestro.training.build import Run
+from maestro.training.judge import make_judge
 
 
 def trained(run: Run) -> list[tuple[Budget, Any, Any]]:
@@ -109,3 +111,38 @@ def off_chain(run: Run, tree: Any) -> bool:
     if all(low[p] <= r <= high[p] for p, r in profile.items() if p in low):
       return False
   return bool(profiles)
+
+
+_EXAMPLES = 512  # training images on which losses are compared
+
+
+def warning(run: Run, tree: Any, dataset: data_lib.Dataset | None) -> str:
+  """Says what ranks off the chain lose, beside the smallest level.
+
+  Args:
+    run: a nested one.
+    tree: ranks off its chain.
+    dataset: of the run; without it nothing is measured.
+  """
+  text = "these ranks are on no level of this nested network, nor between two"
+  if dataset is None:
+    return f"{text}: expect to lose tens of points of accuracy"
+  judge = make_judge(
+    run.model,
+    loss=run.config.loss,
+    preprocess=dataset.preprocess,
+    split=dataset.train,
+    examples=_EXAMPLES,
+    seed=run.config.seed,
+  )
+  name, level, _ = trained(run)[-1]
+  losses = []
+  for ranks in (tree, level):
+    variables = {"params": lowrank.extract(run.params, ranks, run.layers)}
+    if run.batch_stats:
+      variables["batch_stats"] = run.batch_stats
+    losses.append(judge(variables))
+  return (
+    f"{text}: the loss on {min(_EXAMPLES, len(dataset.train))} training"
+    f" examples is {losses[0]:.4f}, that of {name} {losses[1]:.4f}"
+  )

@@ -1,6 +1,7 @@
 """A nested run in a file: every level is the network that was trained."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -109,4 +110,9 @@ def test_what_a_chain_does_not_hold_is_refused(run, dataset, tmp_path, capsys):
   layer = next(iter(trees.flatten_ranks(run.ranks)))
   path.write_text(json.dumps({"ranks": {layer: 1}}))
   exporting.choose_sizes(run, ranks=str(path), dataset=dataset, log=print)
-  assert "on no level of this nested network" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "on no level of this nested network" in said
+  odd, level = (float(x) for x in re.findall(r" (\d+\.\d{4})", said))
+  assert odd > level > 0 and "that of macs:0.4" in said
+  exporting.choose_sizes(run, ranks=str(path), dataset=None, log=print)
+  assert "tens of points" in capsys.readouterr().out
