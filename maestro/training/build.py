@@ -28,6 +28,7 @@ from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import (
   PHASES,
   Config,
+  FullPass,
   clock_of,
   length_of,
   parse,
@@ -168,6 +169,7 @@ class Training:
     steps_per_dispatch: steps a call of the device.
     periods: steps from one log, evaluation, ... to the next.
     macs_per_example: of a step, in MACs of a forward pass.
+    taught: whether a step of a level trains the largest one, too.
     initial: () -> (dense params, batch_stats) to start from.
     new_state: (optimizer, params, batch_stats, ranks) -> TrainState at step 0.
     order: epoch -> the order of the training examples.
@@ -191,6 +193,7 @@ class Training:
   steps_per_dispatch: int
   periods: Periods
   macs_per_example: int
+  taught: bool
   initial: Callable[[], tuple[Tree, Tree]]
   new_state: Callable[..., TrainState]
   order: Callable[[int], jax.Array]
@@ -257,6 +260,10 @@ def make_training(c: Config) -> Training:
     tx = optim.make(c.optimizer, schedule)
     return schedule, method.optimizer(tx, schedule, discover)
 
+  def full_pass(phase: str) -> FullPass | None:
+    # Before the chain there is nothing to teach.
+    return None if method.nested and phase == "discover" else c.full_pass
+
   @functools.cache
   def program(
     phase: str, discover: int, steps: int, level: Level | None = None
@@ -271,7 +278,7 @@ def make_training(c: Config) -> Training:
       steps_per_epoch=clock.steps_per_epoch,
       lam=method.lams[phase],
       penalty=method.penalty,
-      full_pass=c.full_pass,
+      full_pass=full_pass(phase),
       mesh=mesh,
       level=level,
     )
@@ -294,7 +301,8 @@ def make_training(c: Config) -> Training:
     steps_per_dispatch=c.steps_per_dispatch or _dispatch_size(n),
     periods=periods_of(c, clock),
     # A backward pass is taken as two forward passes.
-    macs_per_example=3 if c.full_pass is None else 6,
+    macs_per_example=6 if c.full_pass and not method.nested else 3,
+    taught=bool(c.full_pass and method.nested),
     initial=initial,
     new_state=functools.partial(new_state, c.seed, c.loss),
     order=lambda epoch: data_lib.epoch_order(c.seed, epoch, len(dataset.train)),

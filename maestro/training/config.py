@@ -182,11 +182,6 @@ def parse(config: Mapping[str, Any]) -> Config:
       "config.full_pass.distill: soft targets need config.loss="
       '"cross_entropy"; set it to 0'
     )
-  if method.nested is not None and c.full_pass:
-    raise ConfigError(
-      "config.full_pass: a nested network trains one level a step, without a"
-      " second pass; remove it"
-    )
   if method.controller is not None and not c.discover.shrink:
     raise ConfigError(
       "config.discover.shrink: False, but config.method.controller looks at the"

@@ -93,6 +93,8 @@ def run_round(
   chain = _chain(t, state) if name == "settle" else []
   macs = [count_cost(t.layers, state.params).macs]
   macs = [m for _, m in chain] or macs
+  if chain and t.taught:
+    macs = [m + macs[0] for m in macs]
   cost = 0
   form, ranks = form_of(state.params), jax.device_get(state.ranks)
   data = dict(arrays) | {"order": replicate(t.order(epoch), t.mesh)}

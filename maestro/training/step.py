@@ -43,7 +43,8 @@ def make_step(
 
   At a level of a nested network, the network is the one cut to its ranks, which
   are shapes: what lies beyond costs nothing and has no gradient. The statistics
-  are the level's own; those of the whole network are the largest level's.
+  are the level's own; those of the whole network are the largest level's. With
+  a full pass that one is trained in every step, and teaches the level.
 
   Where a controller moves the weight of the optimizer's proximal step, the
   state holds it.
@@ -51,14 +52,13 @@ def make_step(
   example_loss = losses.LOSSES[loss]
   metrics = losses.METRICS[loss]
 
-  def apply(state, params, ranks, x, key):
+  def apply(params, ranks, stats, x, key):
     variables = {"params": params}
     if ranks:
       variables["ranks"] = ranks
-    if not state.batch_stats:
+    if not stats:
       y = model.apply(variables, x, train=True, rngs={"dropout": key})
-      return y, state.batch_stats
-    stats = state.batch_stats if level is None else level.statistics(state)
+      return y, stats
     y, updates = model.apply(
       variables | {"batch_stats": stats},
       x,
@@ -78,16 +78,21 @@ def make_step(
     x = preprocess(x, key_image)
     sampled = sampler(key_rank, state.ranks)
 
-    live = state.ranks if level is None else level.ranks
+    live, own = state.ranks, state.batch_stats
+    if level is not None:
+      live = level.ranks
+      own = level.statistics(state) if own else own
 
     def objective(params):
-      if level is not None:
-        params = lowrank.truncate(params, level.ranks)
-      out, stats = apply(state, params, sampled, x, key_dropout)
+      part = params if level is None else lowrank.truncate(params, live)
+      out, stats = apply(part, sampled, own, x, key_dropout)
+      whole = stats
       task = jnp.mean(example_loss(out, y))
       if full_pass is not None:
-        # The full network owns the statistics and teaches the sampled one.
-        teacher, stats = apply(state, params, state.ranks, x, key_dropout)
+        # The full network owns the statistics and teaches the sampled one; a
+        # level has its own, too.
+        ranks = state.ranks if level is None else {}
+        teacher, whole = apply(params, ranks, state.batch_stats, x, key_dropout)
         soft = 0.0
         if full_pass.distill:
           soft = jnp.mean(
@@ -97,13 +102,13 @@ def make_step(
         task += jnp.mean(example_loss(teacher, y))
       added = jnp.zeros((), jnp.float32)
       if lam and penalty is not None:
-        added = lam * penalty(params, live)
+        added = lam * penalty(part, live)
       sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
       sums |= {"loss": task, "penalty": added}
-      return task + added, (stats, sums)
+      return task + added, (stats, whole, sums)
 
     grad = jax.value_and_grad(objective, has_aux=True)
-    (total, (stats, sums)), grads = grad(state.params)
+    (total, (stats, whole, sums)), grads = grad(state.params)
     weight = {"lam": state.controls["lam"]} if state.controls else {}
     updates, opt_state = optax.with_extra_args_support(tx).update(
       grads, state.opt_state, state.params, **weight
@@ -115,9 +120,11 @@ def make_step(
       opt_state=opt_state,
       metrics={k: state.metrics[k] + sums[k] for k in state.metrics},
     )
-    if level is not None and state.batch_stats:
-      return level.with_statistics(new, stats), total
-    return new.replace(batch_stats=stats), total
+    if level is None or not state.batch_stats:
+      return new.replace(batch_stats=whole), total
+    if full_pass is not None:
+      new = Level(0, state.ranks).with_statistics(new, whole)
+    return level.with_statistics(new, stats), total
 
   return step
 

@@ -80,9 +80,20 @@ def test_every_evaluation_has_a_value_for_every_level(finished):
     assert last == pytest.approx(level["val_metrics"]["loss"], rel=1e-5)
 
 
-def test_the_loop_trains_as_it_is_written_here(finished):
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+  """A run whose largest level is trained in every step, and teaches."""
+  workdir = tmp_path_factory.mktemp("taught")
+  changed = config(full_pass={"distill": 0.5, "temperature": 2.0})
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(figures, "figures", lambda workdir: None)
+    return loop.train(changed, workdir), workdir
+
+
+@pytest.mark.parametrize("name", ["finished", "taught"])
+def test_the_loop_trains_as_it_is_written_here(name, request):
   """An independent loop over the levels that the seed draws."""
-  results, workdir = finished
+  results, workdir = request.getfixturevalue(name)
   t = build.make_training(parse(config()))
   n, total = t.clock.discover, t.clock.total
   first, last = (saved(workdir, step) for step in (n, total))
@@ -92,20 +103,32 @@ def test_the_loop_trains_as_it_is_written_here(finished):
   params = jax.tree.map(jnp.asarray, factors)
   velocity = jax.tree.map(jnp.zeros_like, params)
   train = t.dataset.train
+
+  def outputs(params, level, x):
+    ranks = {p: jnp.int32(r) for p, r in profiles[level].items()}
+    masked = lowrank.mask(params, trees.unflatten_ranks(ranks))
+    return t.model.apply({"params": masked}, x)
+
   for step in range(n, total):
     order = np.asarray(t.order(step // n))  # discover is an epoch
     batch = order[step % n * 64 : step % n * 64 + 64]
     x = t.dataset.preprocess(train.inputs[batch])
-    ranks = trees.unflatten_ranks(
-      {p: jnp.int32(r) for p, r in profiles[t.level(step)].items()}
-    )
+    targets = jax.nn.one_hot(train.targets[batch], 10)
+    level = t.level(step)
 
-    def loss(params, x=x, batch=batch, ranks=ranks):
-      out = t.model.apply({"params": lowrank.mask(params, ranks)}, x)
-      picked = jnp.take_along_axis(
-        jax.nn.log_softmax(out), train.targets[batch][:, None], axis=1
-      )
-      return -jnp.mean(picked)
+    def loss(params, x=x, y=targets, level=level):
+      def cross_entropy(out, y):
+        return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(out), axis=1))
+
+      out = outputs(params, level, x)
+      if name == "finished":
+        return cross_entropy(out, y)
+      teacher = outputs(params, 0, x)
+      soft = jax.lax.stop_gradient(jax.nn.softmax(teacher / 2.0))
+      own = jnp.sum(soft * jnp.log(soft), axis=1)
+      distilled = 4.0 * (cross_entropy(out / 2.0, soft) + jnp.mean(own))
+      task = 0.5 * cross_entropy(out, y) + 0.5 * distilled
+      return task + cross_entropy(teacher, y)
 
     grads = jax.grad(loss)(params)
     velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grads)
@@ -114,6 +137,52 @@ def test_the_loop_trains_as_it_is_written_here(finished):
     jax.tree.leaves(params), jax.tree.leaves(last["params"]), strict=True
   ):
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_a_taught_step_costs_its_level_and_the_largest(finished, taught):
+  plain, both = (run[0]["train"]["macs_total"] for run in (finished, taught))
+  t = build.make_training(parse(config()))
+  steps = t.clock.total - t.clock.discover
+  largest = finished[0]["levels"][0]["ranks"]
+  macs = sum(
+    r * (t.layers[p].n_in + t.layers[p].n_out) for p, r in largest.items()
+  )
+  assert both == plain + 3 * 64 * steps * macs
+
+
+def test_a_taught_step_keeps_statistics_of_both_levels():
+  changed = config(
+    model={"name": "resnet18", "width": 4, "stage_sizes": [1]},
+    full_pass={"distill": 0.5},
+  )
+  t = build.make_training(parse(changed))
+  params, stats = t.initial()
+  factors, profiles = t.method.nested.start(params, stats)
+  ranks = trees.unflatten_ranks(
+    {path: jnp.int32(rank) for path, rank in profiles[0].items()}
+  )
+  _, tx = t.optimizer(t.clock.discover)
+  state = t.new_state(
+    tx, factors, stats, ranks, levels.stacked(profiles, stats, t.layers)
+  )
+  small = levels.Level(2, jax.device_get(levels.split(state.levels)[2][0]))
+  train = t.dataset.train
+  data = {"inputs": train.inputs, "targets": train.targets}
+  data |= {"order": t.order(0)}
+  before = jax.device_get(state)
+  after, _ = t.program("settle", t.clock.discover, 1, small)(state, data)
+  moved = [
+    not np.allclose(jax.tree.leaves(a)[0], jax.tree.leaves(b)[0])
+    for (_, a), (_, b) in zip(
+      levels.split(before.levels), levels.split(after.levels), strict=True
+    )
+  ]
+  assert moved == [True, False, True]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    after.batch_stats,
+    levels.split(after.levels)[0][1],
+  )
 
 
 def saved(workdir, step):
@@ -175,7 +244,6 @@ BAD = {
   "race": ({}, {"race": {}}, "config.method.race"),
   "time": ({}, {"decompose": "end"}, "config.method.decompose"),
   "no layer": ({"rules": ()}, {}, "config.rules: no layer"),
-  "full pass": ({"full_pass": {"distill": 0.5}}, {}, "config.full_pass"),
 }
 
 
