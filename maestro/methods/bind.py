@@ -17,8 +17,15 @@ import numpy as np
 import optax
 
 from maestro import lowrank, schema, trees
-from maestro.cost.budget import WHERE, fit_budget, parse_budget
+from maestro.cost.budget import (
+  LATENCY,
+  WHERE,
+  Tables,
+  fit_budget,
+  parse_budget,
+)
 from maestro.cost.count import Cost
+from maestro.cost.layer_latency import Measure, latency_tables
 from maestro.introspect import mode
 from maestro.lowrank import Rule
 from maestro.methods import calibrate, fisher, freeze, nested, prox, race
@@ -308,10 +315,17 @@ def _plans(
     nested.limits_of(chain)  # one that cannot be met shows now
     return None, chain
   budget = race.parse(m.budget)
-  costs = tables(budget.kind)
-  limit = race.limit_of(costs, budget)
   options = race.options_of(m.race or {})
-  return race.Race(options, costs, limits, s.layers, limit, see), None
+  counted = None if budget.kind == LATENCY else tables(budget.kind)
+  if counted is not None:
+    race.limit_of(counted, budget)  # one that cannot be met shows now
+
+  def costs(measure: Measure) -> Tables:
+    if counted is None:
+      return latency_tables(s.layers, limits, measure)
+    return counted
+
+  return race.Race(options, budget, costs, limits, s.layers, see), None
 
 
 def selected(rules: Sequence[Rule], s: Subject) -> dict[str, int]:
