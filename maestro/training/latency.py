@@ -6,6 +6,7 @@ so that a race that begins anew comes to the same numbers.
 
 import dataclasses
 import pathlib
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from maestro.trees import Layers
 _ROUNDS = 4  # of proposals that are measured
 _AIM, _CLOSE = 0.98, 0.96  # of a budget: sought, and near enough
 _SESSIONS, _TRIES = 3, 7  # that count, of which a network's slowest is taken
-_STEADY = 1.05  # of what the dense network took at first: what does not count
+_STEADY = 0.05  # by which the dense network differs where a session counts
 
 _Key = tuple[tuple[str, int], ...]
 
@@ -35,8 +36,8 @@ class Meter:
   """Measures networks at ranks, each once; remembers that in a file.
 
   In three sessions, of which the slowest counts, as a budget must hold. The
-  dense one is measured along with them: where something else slows the machine
-  down, that tells, and there is another session, up to seven.
+  dense one is measured along with them: it tells whether the machine is as busy
+  as it was at first; else there are more sessions, up to seven.
 
   Attributes:
     measure: profiles -> milliseconds of their networks, taking turns.
@@ -121,12 +122,20 @@ class Meter:
     forms = [(), *(key for key in keys if key)]
     sessions: list[list[float]] = []
     for _ in range(_TRIES):
-      sessions = sorted([*sessions, self.measure([dict(k) for k in forms])])
-      best = sessions[:_SESSIONS]  # by the dense network
-      first = dense or best[0][0]
-      if len(best) == _SESSIONS and best[-1][0] <= _STEADY * first:
+      sessions.append(self.measure([dict(key) for key in forms]))
+      usual = dense or statistics.median(times[0] for times in sessions)
+      sessions.sort(key=lambda times, usual=usual: abs(times[0] - usual))
+      kept = sessions[:_SESSIONS]
+      steady = abs(kept[-1][0] - usual) <= _STEADY * usual
+      if len(kept) == _SESSIONS and steady:
         break
-    slowest = map(max, zip(*sessions[:_SESSIONS], strict=True))
+    else:
+      found = ", ".join(f"{times[0]:.4g}" for times in sessions)
+      print(
+        f"latency: the dense network took {usual:.4g} ms, then {found}; while a"
+        " machine is busy with other things, budgets may not hold"
+      )
+    slowest = map(max, zip(*kept, strict=True))
     return dict(zip(forms, slowest, strict=True))
 
   def within(
