@@ -2,8 +2,8 @@
 
 Networks are measured whole, each dense but for one layer, cut to a rank of a
 small grid: what that layer takes less (or more), in its place. Layers that are
-alike (`LayerSpec`) are cut together and share the difference. Ranks between are
-interpolated. That latencies add up is only a model: what they add up to must be
+alike (`LayerSpec`) are cut together and share the difference. What falls with
+the rank is averaged, ranks between are interpolated. That latencies add up is only a model: what they add up to must be
 measured.
 """
 
@@ -57,7 +57,8 @@ def latency_tables(
     at = grids[spec, top]
     found, times = times[: len(at)], times[len(at) :]
     more = (np.array(found) - dense) * NANOSECONDS / len(paths)
-    table = np.rint(np.interp(np.arange(top + 1), at, more)).astype(np.int64)
+    table = np.interp(np.arange(top + 1), at, rising(more))
+    table = np.rint(table).astype(np.int64)
     merged = [
       lowrank.dense_is_cheaper(spec.n_in, spec.n_out, r) for r in range(top + 1)
     ]
@@ -83,6 +84,17 @@ def grid(spec: LayerSpec, top: int, size: int) -> list[int]:
     return list(range(1, top + 1)) or [1]
   between = np.geomspace(max(top / 16, 2), top, size - 1)
   return sorted({1, *(round(r) for r in between)})
+
+
+def rising(values: Sequence[float]) -> list[float]:
+  """Returns the nearest non-decreasing numbers, in least squares."""
+  pools: list[tuple[float, int]] = []  # (mean, how many)
+  for x in values:
+    pools.append((float(x), 1))
+    while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+      (a, n), (b, m) = pools[-2:]
+      pools[-2:] = [((n * a + m * b) / (n + m), n + m)]
+  return [x for x, n in pools for _ in range(n)]
 
 
 def stored(

@@ -76,6 +76,18 @@ def test_what_is_no_faster_is_no_candidate():
   assert 1 not in tables.candidates["a"]
 
 
+def test_noise_is_averaged_until_times_rise():
+  assert layer_latency.rising([1, 3, 2, 2, 5]) == pytest.approx(
+    [1, 7 / 3, 7 / 3, 7 / 3, 5]
+  )
+  assert layer_latency.rising([4, 2, 0]) == [2, 2, 2]
+  x = np.random.default_rng(0).normal(size=20) + np.linspace(0, 3, 20)
+  found = np.array(layer_latency.rising(x))
+  assert (np.diff(found) >= 0).all() and np.isclose(found.sum(), x.sum())
+  assert layer_latency.rising(found) == found.tolist()
+  assert layer_latency.rising([]) == []
+
+
 def test_a_rank_that_rules_bound_is_never_dense():
   layers = specs(a=(64, 48))
   measure, calls = meter(layers)
