@@ -2,9 +2,9 @@
 
 Networks are measured whole, each dense but for one layer, cut to a rank of a
 small grid: what that layer takes less (or more), in its place. Layers that are
-alike (`LayerSpec`) are cut together and share the difference. What falls with
-the rank is averaged, ranks between are interpolated. That latencies add up is only a model: what they add up to must be
-measured.
+alike (`LayerSpec`) are cut together and share the difference. What falls as
+ranks rise is averaged, ranks between are interpolated. That latencies add up is
+only a model: what they add up to must be measured.
 """
 
 import re
@@ -57,7 +57,7 @@ def latency_tables(
     at = grids[spec, top]
     found, times = times[: len(at)], times[len(at) :]
     more = (np.array(found) - dense) * NANOSECONDS / len(paths)
-    table = np.interp(np.arange(top + 1), at, rising(more))
+    table = np.interp(np.arange(top + 1), at, rising(more.tolist()))
     table = np.rint(table).astype(np.int64)
     merged = [
       lowrank.dense_is_cheaper(spec.n_in, spec.n_out, r) for r in range(top + 1)
