@@ -161,14 +161,13 @@ class Meter:
       "networks_measured": len(self._known()),
     }
 
-  def refusal(self, budget: Budget) -> UserError:
-    """Says that no network measured meets a budget, and what can be done."""
-    (dense,) = self([{}])
-    least, facts = min(self._known().values()), self.facts
+  def refusal(self, budget: Budget, tried: Sequence[Ranks]) -> UserError:
+    """Says that no profile tried meets a budget, and what can be done."""
+    (dense,), least, facts = self([{}]), min(self(tried)), self.facts
     where = f"a batch of {facts['batch_size']} on {facts['device']}"
     return UserError(
       f"{WHERE}: budget {budget} cannot be reached: for {where}, the fastest"
-      f" network measured takes {least:.4g} ms, the dense one {dense:.4g} ms."
+      f" network proposed takes {least:.4g} ms, the dense one {dense:.4g} ms."
       " Raise the budget, in a new workdir; a larger"
       " config.method.race.latency_batch_size leaves more to save, if such"
       " batches will be served"
@@ -199,8 +198,10 @@ def meeting(
   """
   low, high = tables.total(tables.smallest), tables.total(tables.whole)
   found: dict[str, Proposal] = {}
+  tried = [tables.smallest]
   for _ in range(_ROUNDS):
     proposals = offer(limit)
+    tried += [p.ranks for p in proposals]
     for p in meter.within(budget, proposals):
       best = found.setdefault(p.name, p)
       if tables.total(p.ranks) > tables.total(best.ranks):
@@ -218,7 +219,7 @@ def meeting(
       for p in meter.within(budget, [Proposal("smallest", tables.smallest)])
     }
   if not found:
-    raise meter.refusal(budget)
+    raise meter.refusal(budget, tried)
   distinct: dict[tuple, Proposal] = {}
   for p in found.values():  # the first of equals keeps its name
     distinct.setdefault(tuple(sorted(p.ranks.items())), p)
