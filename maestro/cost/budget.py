@@ -19,6 +19,7 @@ from maestro.trees import LayerSpec, Tree
 COSTS = ("params", "macs", "bytes")
 LATENCY = "latency_ms"
 KINDS = (*COSTS, LATENCY)
+NANOSECONDS = 10**6  # of a millisecond, the unit of tables of latency
 Ranks = dict[str, int]  # a profile: {layer path: rank}, one rank a layer
 
 
@@ -77,8 +78,11 @@ class Budget:
     """The most that a network may cost, of a dense one that costs `dense`.
 
     floor(value * dense),  value as written: 0.29 of 100 is 29, not 28.999...
+
+    In nanoseconds for latency_ms, whatever the dense one takes.
     """
-    return math.floor(trees.as_written(self.value) * dense)
+    of = NANOSECONDS if self.kind == LATENCY else dense
+    return math.floor(trees.as_written(self.value) * of)
 
   def __str__(self) -> str:
     return f"{self.kind}:{self.value:g}"
@@ -96,7 +100,7 @@ class Tables:
     cost of a network at ranks r  =  fixed + sum_i costs[i][r_i]
 
   Attributes:
-    kind: of `COSTS`.
+    kind: of `KINDS`; latency_ms is in nanoseconds.
     costs: {path: int64 [R + 1]} for rank 0 .. R, the layer's current rank. A
       layer is stored in the form that `extract` gives it: factors, or the
       merged kernel where that holds no more numbers.
@@ -221,15 +225,30 @@ def cost_tables(
       ],
       np.int64,
     )
-    after = np.minimum.accumulate(table[::-1])[::-1]
-    useful = [
-      r
-      for r in range(min(least, top), top)
-      if r % multiple_of == 0 and table[r] < after[r + 1]
-    ]
-    costs[path], candidates[path] = table, np.array([*useful, top])
+    costs[path] = table
+    candidates[path] = useful(table, least=least, multiple_of=multiple_of)
   rest = getattr(merged, kind) - sum(dense[path] for path in flat)
   return Tables(kind, costs, candidates, rest, getattr(merged, kind))
+
+
+def useful(
+  costs: np.ndarray, *, least: int = 0, multiple_of: int = 1
+) -> np.ndarray:
+  """Returns the ranks than which no larger one is as cheap, the last included.
+
+  Args:
+    costs: of rank 0 .. R.
+    least: the smallest that counts, if there are so many.
+    multiple_of: of all but the last.
+  """
+  top = len(costs) - 1
+  after = np.minimum.accumulate(costs[::-1])[::-1]
+  below = [
+    r
+    for r in range(min(least, top), top)
+    if r % multiple_of == 0 and costs[r] < after[r + 1]
+  ]
+  return np.array([*below, top])
 
 
 def dense_cost(layers: Mapping[str, LayerSpec], params: Tree) -> Cost:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,23 +15,18 @@ _SECONDS = 20.0  # of measuring, roughly at most
 _LEAST = 5  # passes that are measured, however long they take
 
 
-def measure_latencies(
-  model: Any,
-  forms: Sequence[Any],
-  example: Any,
-  *,
-  batch_size: int = 1,
-  repeats: int = 30,
-) -> list[float]:
-  """Returns the median time of each network's forward pass, in milliseconds.
+def make_measure(
+  model: Any, example: Any, *, batch_size: int = 1, repeats: int = 30
+) -> Callable[[Sequence[Any]], list[float]]:
+  """Returns measure(forms) -> milliseconds of each network's forward pass.
 
-  They take turns, pass by pass, so that what else the machine does meets all
-  of them alike. Compilation and the first passes are left out; every pass is
-  waited for. The input is on the device already, its values do not matter.
+  The median of passes in which the networks take turns, so that what else the
+  machine does meets all of them alike. Compilation and the first passes are
+  left out; every pass is waited for. The input is on the device already, its
+  values do not matter. What one call has compiled serves the next ones.
 
   Args:
     model: a Flax module, told not to train.
-    forms: variables of the networks.
     example: preprocessed inputs or their abstract value; the first axis is the
       batch.
     batch_size: examples of a pass.
@@ -40,21 +35,32 @@ def measure_latencies(
   told = mode(model, train=False)
   forward = jax.jit(lambda v, x: model.apply(v, x, **told))
   x = jax.device_put(np.zeros((batch_size, *example.shape[1:]), example.dtype))
-  forms = [jax.device_put(form) for form in forms]
-  times: list[list[float]] = [[] for _ in forms]
-  began = time.perf_counter()
-  for i in range(_WARM_UP + repeats):
-    if i == _WARM_UP:
-      began = time.perf_counter()
-    for form, measured in zip(forms, times, strict=True):
-      start = time.perf_counter()
-      jax.block_until_ready(forward(form, x))
-      if i >= _WARM_UP:
-        measured.append(time.perf_counter() - start)
-    enough = i + 1 >= _WARM_UP + _LEAST
-    if enough and time.perf_counter() - began > _SECONDS:
-      break
-  return [1e3 * statistics.median(measured) for measured in times]
+
+  def measure(forms: Sequence[Any]) -> list[float]:
+    forms = [jax.device_put(form) for form in forms]
+    times: list[list[float]] = [[] for _ in forms]
+    began = time.perf_counter()
+    for i in range(_WARM_UP + repeats):
+      if i == _WARM_UP:
+        began = time.perf_counter()
+      for form, measured in zip(forms, times, strict=True):
+        start = time.perf_counter()
+        jax.block_until_ready(forward(form, x))
+        if i >= _WARM_UP:
+          measured.append(time.perf_counter() - start)
+      enough = i + 1 >= _WARM_UP + _LEAST
+      if enough and time.perf_counter() - began > _SECONDS:
+        break
+    return [1e3 * statistics.median(measured) for measured in times]
+
+  return measure
+
+
+def measure_latencies(
+  model: Any, forms: Sequence[Any], example: Any, **options: int
+) -> list[float]:
+  """Returns the median time of each network, as `make_measure`."""
+  return make_measure(model, example, **options)(forms)
 
 
 def measure_latency(
@@ -66,6 +72,5 @@ def measure_latency(
   repeats: int = 30,
 ) -> float:
   """Returns the median time of one network, as `measure_latencies`."""
-  return measure_latencies(
-    model, [variables], example, batch_size=batch_size, repeats=repeats
-  )[0]
+  options = {"batch_size": batch_size, "repeats": repeats}
+  return measure_latencies(model, [variables], example, **options)[0]

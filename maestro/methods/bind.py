@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +17,17 @@ import numpy as np
 import optax
 
 from maestro import lowrank, schema, trees
-from maestro.cost.budget import WHERE, fit_budget, parse_budget
-from maestro.cost.count import Cost
-from maestro.introspect import mode
+from maestro.cost.budget import (
+  LATENCY,
+  WHERE,
+  Tables,
+  fit_budget,
+  parse_budget,
+)
+from maestro.cost.layer_latency import Measure, latency_tables
 from maestro.lowrank import Rule
 from maestro.methods import (
-  calibrate,
   controllers,
-  fisher,
   freeze,
   nested,
   prox,
@@ -39,6 +42,7 @@ from maestro.methods.rank_rules import (
   Spectra,
   stable_ranks,
 )
+from maestro.methods.subject import Seen, Subject
 from maestro.methods.table import Method
 from maestro.sampling import SAMPLERS
 from maestro.schema import ConfigError
@@ -121,33 +125,6 @@ class Settings:
   lasso_cost: str | None
   threshold: float
   momentum: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
-  """The network that a method works on.
-
-  Attributes:
-    model: the Flax module.
-    layers: of the model.
-    dense: cost of the dense network.
-    shapes: its parameters' abstract values.
-    initial: returns the random dense parameters of the run's seed.
-    batches: (how many examples) -> batches of preprocessed training examples.
-    key: of random factors.
-    calibration: key of what calibration draws.
-    classifies: whether outputs are logits.
-  """
-
-  model: Any
-  layers: Layers
-  dense: Cost
-  shapes: Tree
-  initial: Callable[[], Tree]
-  batches: Callable[[int], Iterable[jax.Array]]
-  key: jax.Array
-  calibration: jax.Array
-  classifies: bool
 
 
 # ---------------------------------------------------------------------------
@@ -331,10 +308,17 @@ def _plans(
     nested.limits_of(chain)  # one that cannot be met shows now
     return None, chain
   budget = race.parse(m.budget)
-  costs = tables(budget.kind)
-  limit = race.limit_of(costs, budget)
   options = race.options_of(m.race or {})
-  return race.Race(options, costs, limits, s.layers, limit, see), None
+  counted = None if budget.kind == LATENCY else tables(budget.kind)
+  if counted is not None:
+    race.limit_of(counted, budget)  # one that cannot be met shows now
+
+  def costs(measure: Measure) -> Tables:
+    if counted is None:
+      return latency_tables(s.layers, limits, measure)
+    return counted
+
+  return race.Race(options, budget, costs, limits, s.layers, see), None
 
 
 def selected(rules: Sequence[Rule], s: Subject) -> dict[str, int]:
@@ -390,42 +374,6 @@ def wrap_optimizer(
     )
     tx = optax.chain(tx, step)
   return freeze.freeze_base(tx) if m.trainable == "factors" else tx
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Seen:
-  """What layers of a network see of training data.
-
-  Attributes:
-    subject: the network.
-    paths: the layers.
-    params: its parameters.
-    batch_stats: its batch statistics, {} without.
-  """
-
-  subject: Subject
-  paths: Sequence[str]
-  params: Tree
-  batch_stats: Tree
-
-  def _given(self, examples: int) -> tuple:
-    s, variables = self.subject, {"params": self.params}
-    if self.batch_stats:
-      variables["batch_stats"] = self.batch_stats
-    layers = {path: s.layers[path] for path in self.paths}
-    return s.model, variables, s.batches(examples), layers
-
-  def inputs(self, examples: int) -> dict[str, jax.Array]:
-    """Second moments of inputs on so many examples."""
-    told = mode(self.subject.model, train=False)
-    return calibrate.second_moments(*self._given(examples), **told)
-
-  def both(self, examples: int) -> dict[str, fisher.Moments]:
-    """Moments on both sides of kernels on so many examples."""
-    s, told = self.subject, mode(self.subject.model, train=False)
-    return fisher.moments(
-      *self._given(examples), key=s.calibration, centred=s.classifies, **told
-    )
 
 
 def _decompose(

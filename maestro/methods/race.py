@@ -22,7 +22,8 @@ import numpy as np
 
 from maestro import lowrank, schema
 from maestro.cost.budget import (
-  COSTS,
+  KINDS,
+  LATENCY,
   WHERE,
   Budget,
   BudgetError,
@@ -30,6 +31,7 @@ from maestro.cost.budget import (
   cost_tables,
   parse_budget,
 )
+from maestro.cost.layer_latency import Measure
 from maestro.lowrank import Rule
 from maestro.methods import fisher
 from maestro.methods.table import Method
@@ -49,6 +51,8 @@ class Options:
     neighbours: of the best candidate, that join after the first heat.
     measured: whether losses of single layers' prefixes are measured for one
       more proposal.
+    latency_batch_size: examples of a forward pass, for a budget of latency_ms.
+    latency_repeats: passes of which the median is taken.
   """
 
   share: schema.Ratio = 0.1
@@ -56,6 +60,8 @@ class Options:
   judged: schema.Count = 2048
   neighbours: schema.Natural = 2
   measured: bool = True
+  latency_batch_size: schema.Count = 1
+  latency_repeats: schema.Count = 30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,18 +85,19 @@ class Race:
 
   Attributes:
     options: see `Options`.
-    tables: what ranks cost; the least is 1.
+    budget: of the final network.
+    tables: measure -> what ranks cost; the least is 1. Only for latency_ms is
+      anything measured, as `latency_tables` does.
     limits: {path: largest rank} of the layers that are factored.
     layers: of the model.
-    limit: the most that the network may cost, in units of `tables`.
     see: (params, batch_stats) -> what the layers see, with moments `both`.
   """
 
   options: Options
-  tables: Tables
+  budget: Budget
+  tables: Callable[[Measure], Tables]
   limits: Mapping[str, int]
   layers: Layers
-  limit: int
   see: Callable[[Tree, Tree], Any]
 
   def score(self, params: Tree, batch_stats: Tree, examples: int) -> Score:
@@ -117,13 +124,13 @@ def parse(text: str | None) -> Budget:
   """Reads the budget that profiles race for.
 
   Raises:
-    ConfigError: it is missing, or none whose costs are known before training.
+    ConfigError: it is missing, or no budget.
   """
   if text is None:
     raise ConfigError(
       f'{WHERE}: missing, as in "macs:0.5": it is what profiles race for'
     )
-  return parse_budget(text, COSTS)
+  return parse_budget(text, KINDS)
 
 
 def check(m: Method) -> None:
@@ -162,11 +169,14 @@ def limit_of(tables: Tables, budget: Budget, where: str = WHERE) -> int:
   """The most that a network may cost, at most what it costs as a whole.
 
   Raises:
-    ConfigError: it is below what rank 1 in every layer costs.
+    ConfigError: it is below what rank 1 in every layer costs. Whether latency
+      is, measuring whole networks will tell.
   """
   whole = tables.total(tables.whole)  # below dense, if rules bound the ranks
   if budget.limit(tables.dense) >= whole:
     return whole
+  if budget.kind == LATENCY:
+    return max(budget.limit(tables.dense), tables.total(tables.smallest))
   try:
     return tables.limit(budget)
   except BudgetError as error:

@@ -37,7 +37,7 @@ class Method:
       largest ones at which the final network costs at most this fraction of
       the dense one, see `methods.fit_budget`. Applies at decomposition; where
       that is at the start, and ranks are sampled or shrunk, at the end of
-      discover.
+      discover. A race takes "bytes:0.5" and "latency_ms:4" too.
     sampler: of ranks in each step, see `sampling.SAMPLERS`; {"name": "phase"}
       is config.discover.sampler and config.settle.sampler; None samples none.
     shrink: how ranks are lowered after each epoch of a phase with `shrink`,

@@ -18,6 +18,7 @@ from maestro import streams
 from maestro.cost.count import Cost, count_cost
 from maestro.errors import UserError
 from maestro.methods import bind as methods
+from maestro.methods.subject import Subject
 from maestro.models import MODELS
 from maestro.parallel.mesh import Mesh, make_mesh
 from maestro.runs import checkpoint
@@ -241,7 +242,7 @@ def make_training(c: Config) -> Training:
   method = methods.bind(
     c.method,
     settings(c),
-    methods.Subject(
+    Subject(
       model=model,
       layers=layers,
       dense=dense,

@@ -19,16 +19,17 @@ import numpy as np
 
 from maestro import lowrank, trees
 from maestro.cost.allocation import loss_table
-from maestro.cost.budget import Ranks
+from maestro.cost.budget import LATENCY, Ranks, Tables
 from maestro.cost.count import count_cost, layer_macs
 from maestro.errors import Interrupted
 from maestro.methods.proposals import Proposal, neighbours, propose, series
-from maestro.methods.race import Race, Score
+from maestro.methods.race import Options, Race, Score, limit_of
 from maestro.parallel.mesh import replicate
 from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Writer
 from maestro.training import optim
 from maestro.training.build import Training
+from maestro.training.latency import Meter, meeting
 from maestro.training.results import Ledger
 from maestro.training.rounds import TrainingError, run_round
 from maestro.training.state import (
@@ -106,19 +107,32 @@ def race(
 
   Raises:
     TrainingError: the loss of every candidate is not finite.
+    UserError: no profile measured meets a budget of latency.
     Interrupted: the run was asked to stop.
   """
-  examples = _examples(t, plan, 3 * t.dense.macs, plan.options.examples)
+  options = plan.options
+  meter = Meter.of(t, options, state, checkpoints.directory.parent)
+  tables = plan.tables(meter)
+  examples = _examples(t, tables, options, 3 * t.dense.macs, options.examples)
   score = plan.score(state.params, state.batch_stats, examples)
-  judge = t.judge(plan.options.judged)
-  losses, measured = _measured(t, plan, score, judge)
+  judge = t.judge(options.judged)
+  losses, measured = _measured(t, tables, options, score, judge)
   spent = 3 * examples * t.dense.macs + measured
   ledger.race = {"score_macs": spent, "macs": 0, "heats": []}
-  proposals = propose(plan.tables, plan.limit, score.tails, losses)
+  limit = limit_of(tables, plan.budget)
+
+  def offer(limit: int) -> list[Proposal]:
+    return propose(tables, limit, score.tails, losses)
+
+  if plan.budget.kind == LATENCY:
+    proposals, limit = meeting(offer, tables, limit, plan.budget, meter)
+  else:
+    proposals = offer(limit)
   shape = _union(proposals)
   # In three heats, and of neighbours, each candidate twice or so.
-  field = 2 * (len(proposals) + plan.options.neighbours)
-  judged = _examples(t, plan, field * _macs(t, shape), plan.options.judged)
+  field = 2 * (len(proposals) + options.neighbours)
+  passes = field * _macs(t, shape)
+  judged = _examples(t, tables, options, passes, options.judged)
   track = _Track(
     t=t,
     arrays=arrays,
@@ -135,23 +149,31 @@ def race(
     track.everyone.extend(made)
     return made
 
+  def won(winner: Candidate) -> TrainState:
+    if plan.budget.kind == LATENCY:
+      ranks = winner.proposal.ranks
+      ledger.race["latency"] = meter.record(plan.budget, tables, ranks)
+    return _won(t, winner, track)
+
   if len(proposals) == 1:
     writer.message(
       f"race: all scores propose {_text(proposals[0].ranks)}; none is needed"
     )
-    return _won(t, enter(proposals)[0], track)
-  n = _steps(t, plan, proposals, shape)
+    return won(enter(proposals)[0])
+  n = _steps(t, options, proposals, shape)
   race = track.heat(enter(proposals), n)
   near = neighbours(
-    plan.tables,
-    plan.limit,
+    tables,
+    limit,
     series(score.tails["fisher"]),
     race[0].proposal.ranks,
     top=shape,
-    most=plan.options.neighbours,
+    most=options.neighbours,
   )
   known = [proposal.ranks for proposal in proposals]
   near = [proposal for proposal in near if proposal.ranks not in known]
+  if plan.budget.kind == LATENCY:
+    near = meter.within(plan.budget, near)
   if near:
     race = sorted(race + track.heat(enter(near), n), key=lambda c: c.score)
   for factor in (2, 4):
@@ -159,7 +181,7 @@ def race(
     if len(race) > 1:
       _cut_together(t, race, ledger)
       race = track.heat(race, factor * n)
-  return _won(t, race[0], track)
+  return won(race[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -342,7 +364,7 @@ def _whole(t: Training, ranks: Ranks) -> int:
 
 
 def _steps(
-  t: Training, plan: Race, proposals: list[Proposal], shape: Ranks
+  t: Training, options: Options, proposals: list[Proposal], shape: Ranks
 ) -> int:
   """Steps of the first heat, such that the race costs its share of the run.
 
@@ -350,32 +372,33 @@ def _steps(
   winner's 7 n are no loss. That later heats have smaller shapes is not counted
   on.
   """
-  field = len(proposals) + plan.options.neighbours
+  field = len(proposals) + options.neighbours
   half = -(-field // 2)
   lost = field + 2 * half + 4 * -(-half // 2) - 7
-  share = plan.options.share * _whole(t, proposals[0].ranks)
+  share = options.share * _whole(t, proposals[0].ranks)
   n = share / (max(lost, 1) * t.macs_per_example * _macs(t, shape))
   return max(1, min(int(n), (t.clock.total - t.clock.discover) // 14))
 
 
-def _examples(t: Training, plan: Race, macs: int, most: int) -> int:
+def _examples(
+  t: Training, tables: Tables, options: Options, macs: int, most: int
+) -> int:
   """Examples, at `macs` each, that a fifth of the race's share allows."""
-  smallest = {path: int(c[0]) for path, c in plan.tables.candidates.items()}
-  allowed = 0.2 * plan.options.share * _whole(t, smallest) * t.clock.batch_size
+  whole = _whole(t, tables.smallest)
+  allowed = 0.2 * options.share * whole * t.clock.batch_size
   return max(min(int(allowed / macs), most), min(_LEAST, most))
 
 
 def _measured(
-  t: Training, plan: Race, score: Score, judge: Callable
+  t: Training, tables: Tables, options: Options, score: Score, judge: Callable
 ) -> tuple[dict[str, np.ndarray] | None, int]:
   """Losses of single layers' prefixes, and the MACs that they took.
 
   On as many examples as a fifth of the race's share allows; None on too few.
   """
-  tables = plan.tables
   passes = sum(min(_GRID, len(c) - 1) for c in tables.candidates.values()) + 1
-  n = _examples(t, plan, passes * t.dense.macs, plan.options.judged)
-  if not plan.options.measured or n <= _LEAST:
+  n = _examples(t, tables, options, passes * t.dense.macs, options.judged)
+  if not options.measured or n <= _LEAST:
     return None, 0
 
   @jax.jit

@@ -27,6 +27,7 @@ from maestro.errors import Interrupted, UserError
 from maestro.lowrank import Rule
 from maestro.methods import bind as binding
 from maestro.methods import decomposers, penalties, rank_rules
+from maestro.methods.subject import Subject
 from maestro.methods.table import METHODS
 from maestro.models import MODELS
 from maestro.report import figures
@@ -81,7 +82,7 @@ def problem():
 
 def subject(model, layers, params):
   """A network for a method; there are no examples of its data."""
-  return binding.Subject(
+  return Subject(
     model=model,
     layers=layers,
     dense=cost.count_cost(layers, params),

@@ -199,7 +199,7 @@ BAD = {
   "no budget": ({"budget": None}, {"budget": None}, "budget: missing"),
   "too small": ({"budget": "macs:0.01"}, {}, "cannot be reached"),
   "above dense": ({"budget": "macs:1.5"}, {}, r"\(0, 1\]"),
-  "latency": ({"budget": "latency_ms:4"}, {}, "another kind"),
+  "no latency": ({"budget": "latency_ms:0"}, {}, "milliseconds"),
   "no number": ({"budget": "macs:half"}, {}, "kind:value"),
   "share": ({}, {"race": {"share": 0.0}}, "config.method.race.share"),
   "unknown": ({}, {"race": {"shares": 1}}, "did you mean 'share'"),
