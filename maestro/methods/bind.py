@@ -242,7 +242,7 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
   key = "config.discover.lam" if m.lam is None else "config.method.lam"
   penalty = step_penalty = shrink = controller = None
   ranks = _Ranks(m, settings.rules if m.decompose else (), subject)
-  lasso = {"kind": settings.lasso}
+  lasso: dict[str, Any] = {"kind": settings.lasso}
   if cost := m.lasso_cost or settings.lasso_cost:
     weighted = controllers.component_weights(layers, ranks.limits, cost)
     lasso["weights"] = weighted if ranks.limits else None
