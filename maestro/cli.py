@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -63,15 +64,28 @@ def _parse(argv: list[str]) -> list[str]:
 def config_of(value: Any) -> dict:
   """Returns what a config file gave as a dictionary.
 
+  A method with options may be given in JSON, as flags are text:
+  --config.method='{"name": "race", "race": {"share": 0.05}}'.
+
   Raises:
-    UserError: it is no ConfigDict.
+    UserError: it is no ConfigDict, or the JSON is broken.
   """
   if not isinstance(value, ml_collections.ConfigDict):
     raise UserError(
       f"--config: get_config returned a {type(value).__name__}; it must return"
       " an ml_collections.ConfigDict"
     )
-  return value.to_dict()
+  config = value.to_dict()
+  method = config.get("method")
+  if isinstance(method, str) and method.lstrip().startswith("{"):
+    try:
+      config["method"] = json.loads(method)
+    except json.JSONDecodeError as error:
+      raise UserError(
+        f"--config.method: {method!r} is no JSON ({error}); write it as"
+        ' \'{"name": "race", "race": {"share": 0.05}}\''
+      ) from error
+  return config
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -80,6 +80,8 @@ def test_help_explains(command, monkeypatch):
     (["--evaluate"], "--config"),
     (["--evaluate", "--workdir=no/such/run"], "no/such/run"),
     ([f"--config={CONFIG}", "--config.model.name=mpl"], "mpl"),
+    ([f"--config={CONFIG}", "--config.method={race"], "no JSON"),
+    ([f"--config={CONFIG}", '--config.method={"name": "rase"}'], "rase"),
   ],
   ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -115,6 +117,14 @@ def test_flags_reach_the_run(command, trained, tmp_path):
   # A config is its JSON.
   plain = json.loads(json.dumps(config))
   assert parse(plain).discover == parse(config).discover
+
+
+def test_a_method_may_have_options_on_the_command_line(command, trained):
+  method = '--config.method={"name": "race", "race": {"share": 0.05}}'
+  assert command(f"--config={CONFIG}:smoke", method)[0] == 0
+  ((config, _),) = trained
+  assert config["method"] == {"name": "race", "race": {"share": 0.05}}
+  assert parse(config).method.race == {"share": 0.05}
 
 
 def test_the_workdir_is_named_after_the_config_and_its_variants(
