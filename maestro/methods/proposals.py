@@ -75,6 +75,16 @@ def propose(
   return [Proposal(name, dict(ranks)) for ranks, name in names.items()]
 
 
+def one_more(tables: Tables, ranks: Ranks) -> Ranks:
+  """The next larger candidates, of layers that have any."""
+  found = {}
+  for path, rank in ranks.items():
+    c = tables.candidates[path]
+    above = int(np.searchsorted(c, rank, side="right"))
+    found[path] = int(c[min(above, len(c) - 1)])
+  return found
+
+
 def neighbours(
   tables: Tables,
   limit: int,

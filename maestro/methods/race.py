@@ -51,6 +51,8 @@ class Options:
     neighbours: of the best candidate, that join after the first heat.
     measured: whether losses of single layers' prefixes are measured for one
       more proposal.
+    regrow: whether neighbours may have larger ranks than any proposal: those
+      that a short race has shown to be worth more.
     latency_batch_size: examples of a forward pass, for a budget of latency_ms.
     latency_repeats: passes of which the median is taken.
   """
@@ -60,6 +62,7 @@ class Options:
   judged: schema.Count = 2048
   neighbours: schema.Natural = 2
   measured: bool = True
+  regrow: bool = False
   latency_batch_size: schema.Count = 1
   latency_repeats: schema.Count = 30
 

@@ -22,7 +22,13 @@ from maestro.cost.allocation import loss_table
 from maestro.cost.budget import LATENCY, Ranks, Tables
 from maestro.cost.count import count_cost, layer_macs
 from maestro.errors import Interrupted
-from maestro.methods.proposals import Proposal, neighbours, propose, series
+from maestro.methods.proposals import (
+  Proposal,
+  neighbours,
+  one_more,
+  propose,
+  series,
+)
 from maestro.methods.race import Options, Race, Score, limit_of
 from maestro.parallel.mesh import replicate
 from maestro.runs.checkpoint import Checkpoints
@@ -129,6 +135,8 @@ def race(
   else:
     proposals = offer(limit)
   shape = _union(proposals)
+  if options.regrow:
+    shape = one_more(tables, shape)
   # In three heats, and of neighbours, each candidate twice or so.
   field = 2 * (len(proposals) + options.neighbours)
   passes = field * _macs(t, shape)

@@ -107,3 +107,13 @@ def test_neighbours_move_what_weighs_much():
   )
   assert {p.name for p in near} == {"conv -"}
   assert near[0].ranks == {"conv": 1, "fc": 20}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_room_for_one_more_is_the_next_candidate(seed):
+  tables, _, rng = network(seed)
+  ranks = {p: int(rng.choice(c)) for p, c in tables.candidates.items()}
+  more = proposals.one_more(tables, ranks)
+  for path, c in tables.candidates.items():
+    above = [r for r in c if r > ranks[path]]
+    assert more[path] == (above[0] if above else ranks[path])

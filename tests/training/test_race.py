@@ -126,6 +126,34 @@ def test_a_stopped_race_begins_anew_to_the_same_numbers(
   assert steps == [r["step"] for r in metrics.read(workdir)]
 
 
+@pytest.mark.parametrize("regrow", [False, True])
+def test_ranks_may_rise_above_every_proposal(regrow, tmp_path, monkeypatch):
+  propose = racing.propose
+  monkeypatch.setattr(
+    racing,
+    "propose",
+    lambda *args: (
+      [p for p in propose(*args) if p.name.endswith("r, sum")]
+      + [p for p in propose(*args) if p.name == "data, sum"]
+    ),
+  )
+  section = {"share": 0.3, "neighbours": 6, "regrow": regrow}
+  method = {"name": "race", "race": section}
+  results = loop.train(config(method=method), tmp_path)
+  first, *heats = results["race"]["heats"]
+  known = [c["ranks"] for c in first["candidates"]]
+  assert len(known) == 2
+  top = {path: max(r[path] for r in known) for path in known[0]}
+  above = [
+    c["ranks"][path] > top[path]
+    for heat in heats
+    for c in heat["candidates"]
+    for path in top
+  ]
+  assert any(above) == regrow
+  assert results["final"]["macs"] <= 0.4 * results["dense"]["macs"]
+
+
 def test_a_candidate_trains_as_if_it_were_alone(finished):
   """In the shapes of another profile, and cut afterwards: the same steps."""
   _, workdir = finished
