@@ -246,3 +246,23 @@ def test_the_clock_lets_a_run_end_and_can_be_asked_to_stop():
 def test_a_long_limit_leaves_a_minute_to_save():
   left = cifar10.Clock(minutes=9).stop_at - time.monotonic()
   assert 470 < left <= 480
+
+
+@pytest.mark.parametrize("arg", ["", "race", "short", "race,short", "smoke"])
+def test_resnet20_is_for_cpus_and_its_rate_is_one_line(arg):
+  c = parse(get("resnet20_od", arg).to_dict())
+  build.check(c)
+  options = dict(c.model)
+  model = MODELS[options.pop("name")](num_classes=10, **options)
+  x = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
+  params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+  cost = count_cost(nn.layers(model, x), params)
+  assert (cost.params == 272_474) == (arg != "smoke")
+  assert c.method.name == ("race" if "race" in arg else "nested")
+  assert c.method.budget == ("macs:0.5" if "race" in arg else None)
+  total = c.discover.epochs + c.settle.epochs
+  assert total == {"smoke": 2}.get(arg, 8 if "short" in arg else 12)
+  rate = schedule(c, 10)
+  found = [float(rate(step)) for step in range(10 * total)]
+  expected = [0.1 * (1 - step / (10 * total)) for step in range(10 * total)]
+  assert found == pytest.approx(expected, abs=1e-6)
