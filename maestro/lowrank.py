@@ -280,7 +280,7 @@ def stored_rank(rank: Any, full_rank: int, multiple_of: int = 1) -> int:
 
 
 def cut_factor(
-  x: jax.Array, name: str, rank: Any, multiple_of: int = 1
+  x: jax.Array | np.ndarray, name: str, rank: Any, multiple_of: int = 1
 ) -> jax.Array:
   """Masks one factor (or a leaf shaped like it) and slices its rank axis."""
   axis = x.ndim - 1 if name == "u" else jnp.ndim(rank)
@@ -445,7 +445,7 @@ def group_lasso(
   return total
 
 
-def shrink(params: Tree, ranks: Tree, threshold: float) -> dict:
+def shrink(params: Tree, ranks: Tree, threshold: jax.typing.ArrayLike) -> dict:
   """Lowers each rank to the number of components with importance >= threshold.
 
   Ranks never rise. The threshold is absolute, in units of the kernel's norm:

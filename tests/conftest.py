@@ -24,6 +24,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -34,17 +35,36 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The hook rewrites modules as they are first imported.
-with jaxtyping.install_import_hook("maestro.ops", "beartype.beartype"):
-  import maestro.ops
-
 import flax.linen  # noqa: E402
+
+# A protocol that annotations of Flax's fields name, but that cannot be checked.
+typing.runtime_checkable(flax.linen.linear.PromoteDtypeFn)
+
+# Types and shapes are checked at every call of these; the hook rewrites modules
+# as they are first imported.
+CHECKED = ("ops", "lowrank", "sampling", "nn", "cost", "methods")
+jaxtyping.install_import_hook(
+  [f"maestro.{name}" for name in CHECKED],
+  "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 import jax.numpy as jnp  # noqa: E402
 
 import maestro.introspect  # noqa: E402
 import maestro.nn  # noqa: E402
 from maestro import lowrank, trees  # noqa: E402
 from maestro.lowrank import Rule  # noqa: E402
+
+jaxtyping.config.update("jaxtyping_disable", True)  # but in tests, below
+
+
+@pytest.fixture(autouse=True)
+def types_are_checked(request):
+  """Checks types, but in tests that give wrong ones on purpose."""
+  wrong = request.node.get_closest_marker("wrong_types") is not None
+  jaxtyping.config.update("jaxtyping_disable", wrong)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", True)
+
 
 # ---------------------------------------------------------------------------
 # Models, each built from `maestro.nn` or from `flax.linen` (m)

@@ -249,7 +249,7 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
   if m.proximal:
     step_penalty = jax.jit(functools.partial(lowrank.group_lasso, **lasso))
   elif m.penalty is not None:
-    own = lasso if m.penalty == "group_lasso" else {}
+    own = lasso if m.penalty == "group_lasso" else {"kind": settings.lasso}
     penalty = functools.partial(PENALTIES[m.penalty], **own)
   if m.shrink is not None:
     shrink = _shrinker(m.shrink, settings.threshold)

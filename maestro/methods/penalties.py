@@ -48,7 +48,7 @@ PENALTIES = {"group_lasso": lowrank.group_lasso, "frobenius": frobenius}
 # ---------------------------------------------------------------------------
 
 
-def zeros(params: Tree, ranks: Tree, threshold: float) -> dict:
+def zeros(params: Tree, ranks: Tree, threshold: jax.typing.ArrayLike) -> dict:
   """Counts components up to the last that is not exactly zero."""
   del threshold
   return prox.exact_ranks(params, ranks)

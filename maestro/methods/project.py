@@ -1,6 +1,7 @@
 """Spectra of dense kernels, and their projection to lower ranks."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ def svds(kernels: Mapping[str, jax.Array]) -> dict:
 
 @jax.jit
 def put_together(
-  parts: Mapping, ranks: Mapping[str, int], t: jax.Array
+  parts: Mapping, ranks: Mapping[str, Any], t: jax.Array
 ) -> dict:
   """Puts kernels together from `rank` components, singular values less t."""
   matrices = {}

@@ -82,9 +82,9 @@ def test_noise_is_averaged_until_times_rise():
   )
   assert layer_latency.rising([4, 2, 0]) == [2, 2, 2]
   x = np.random.default_rng(0).normal(size=20) + np.linspace(0, 3, 20)
-  found = np.array(layer_latency.rising(x))
+  found = np.array(layer_latency.rising(x.tolist()))
   assert (np.diff(found) >= 0).all() and np.isclose(found.sum(), x.sum())
-  assert layer_latency.rising(found) == found.tolist()
+  assert layer_latency.rising(found.tolist()) == found.tolist()
   assert layer_latency.rising([]) == []
 
 

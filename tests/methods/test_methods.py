@@ -872,6 +872,7 @@ def test_an_impossible_budget_is_named_before_anything_is_written(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("momentum", [1.0, 1.5, -0.1, "0.9"])
 def test_momentum_is_below_one(momentum, tmp_path):
   c = config("prox", optimizer={"name": "sgd", "momentum": momentum})

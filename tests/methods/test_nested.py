@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_proposals import network
@@ -38,7 +39,7 @@ def test_levels_are_drawn_by_their_shares():
   shares = np.array(nested.Options().shares)
   assert shares[-1] == pytest.approx(3 / 8.5) and sum(shares) == 1
   keys = jax.random.split(jax.random.key(0), 20_000)
-  draw = jax.jit(jax.vmap(lambda key: sampling.level(key, shares)))
+  draw = jax.jit(jax.vmap(lambda key: sampling.level(key, jnp.asarray(shares))))
   found = np.bincount(np.asarray(draw(keys)), minlength=len(shares))
   error = np.sqrt(shares * (1 - shares) * len(keys))
   assert np.all(np.abs(found - shares * len(keys)) < 4.5 * error)

@@ -72,7 +72,9 @@ def test_a_knapsack_with_floors_is_the_best_above_them(seed):
   found = knapsack(tables, tails, tables.whole, limit, cells=10**9, floor=floor)
   every = (
     dict(zip(tails, ranks, strict=True))
-    for ranks in itertools.product(*tables.candidates.values())
+    for ranks in itertools.product(
+      *(c.tolist() for c in tables.candidates.values())
+    )
   )
   best = min(
     sum(tails[p][r] for p, r in ranks.items())

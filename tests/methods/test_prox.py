@@ -322,6 +322,7 @@ def test_runs_under_jit_and_scan():
   )
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
   ("t", "kind", "message"),
   [
