@@ -161,7 +161,9 @@ def test_a_method_trains_and_reports_what_its_tree_holds(name, tmp_path):
   assert results["final"]["metrics"]["loss"] < np.log(10)
   assert train.evaluate_workdir(tmp_path)["test"] == results["final"]["metrics"]
   records = metrics.read(tmp_path)
-  assert all(np.isfinite(r["val/loss"]) for r in records[1:])
+  evaluated = [r for r in records if "val/loss" in r]
+  assert [r["step"] for r in evaluated] == [8, 16, 24]
+  assert all(np.isfinite(r["val/loss"]) for r in evaluated)
   assert results["train"]["compilations"] == len(results["train"]["programs"])
   rows = {row["path"]: row["rank"] for row in results["layers"]}
   assert (rows == {"fc1": None, "fc2": None}) == (name == "dense")
