@@ -33,6 +33,7 @@ import numpy as np
 from maestro.svd import fresh, svd
 from maestro.trees import (
   LayerSpec,
+  Leaf,
   LowRankError,
   Tree,
   boxed,
@@ -280,7 +281,7 @@ def stored_rank(rank: Any, full_rank: int, multiple_of: int = 1) -> int:
 
 
 def cut_factor(
-  x: jax.Array | np.ndarray, name: str, rank: Any, multiple_of: int = 1
+  x: Leaf, name: str, rank: Any, multiple_of: int = 1
 ) -> jax.Array:
   """Masks one factor (or a leaf shaped like it) and slices its rank axis."""
   axis = x.ndim - 1 if name == "u" else jnp.ndim(rank)
@@ -355,7 +356,7 @@ def extract(
   return merge(small, layers, where=where)
 
 
-def squared_norms(x: jax.Array, name: str, rank: Any) -> jax.Array:
+def squared_norms(x: jax.Array | np.ndarray, name: str, rank: Any) -> jax.Array:
   """Squared Frobenius norm of each component, [*lead, R], zero if dead."""
   # Masked before it is squared, or a NaN would reach the gradient: 0 * NaN.
   wide = mask_factor(x, name, rank)

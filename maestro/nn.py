@@ -21,15 +21,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta
 from flax.linen import module as flax_module
 from flax.linen.linear import canonicalize_padding
 
 from maestro import ops, trees
-from maestro.trees import LowRankError
-
-Inputs = jax.Array | np.ndarray
+from maestro.trees import Leaf, LowRankError
 
 # Paths whose rank was read, while `check_ranks` traces a model.
 _read: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar(
@@ -73,7 +70,7 @@ def _parameter(module: nn.Module, name: str) -> Any:
   return meta.unbox(module.get_variable("params", name))
 
 
-def _promoted(module: Any, *arrays: Inputs | None, **options: Any) -> Any:
+def _promoted(module: Any, *arrays: Leaf | None, **options: Any) -> Any:
   """Returns arrays of one dtype, the layer's if it has one."""
   return module.promote_dtype(*arrays, dtype=module.dtype, **options)
 
@@ -119,7 +116,7 @@ class Dense(nn.Dense):
   implementation: str | None = None
 
   @nn.compact
-  def __call__(self, inputs: Inputs) -> jax.Array:
+  def __call__(self, inputs: Leaf) -> jax.Array:
     if not _is_factored(self):
       return super().__call__(inputs)
     _refuse(self, "dot_general", "dot_general_cls")
@@ -144,7 +141,7 @@ class DenseGeneral(nn.DenseGeneral):
   implementation: str | None = None
 
   @nn.compact
-  def __call__(self, inputs: Inputs) -> jax.Array:
+  def __call__(self, inputs: Leaf) -> jax.Array:
     if not _is_factored(self):
       return super().__call__(inputs)
     _refuse(self, "dot_general", "dot_general_cls")
@@ -205,7 +202,7 @@ class Conv(nn.Conv):
   conv_general_dilated: Any = ops.convolution
 
   @nn.compact
-  def __call__(self, inputs: Inputs) -> jax.Array:
+  def __call__(self, inputs: Leaf) -> jax.Array:
     if not _is_factored(self):
       return super().__call__(inputs)
     _refuse(self, "conv_general_dilated_cls")
@@ -303,7 +300,7 @@ class Embed(nn.Embed):
       v = trees.mask_factor(v, "v", rank)
     return u, v
 
-  def __call__(self, inputs: Inputs) -> jax.Array:
+  def __call__(self, inputs: Leaf) -> jax.Array:
     if not _is_factored(self):
       return super().__call__(inputs)
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
@@ -319,7 +316,7 @@ class Embed(nn.Embed):
       y += super().__call__(inputs)
     return y
 
-  def attend(self, query: Inputs) -> jax.Array:
+  def attend(self, query: Leaf) -> jax.Array:
     if not _is_factored(self):
       return super().attend(query)
     u, v = self._masked_factors()

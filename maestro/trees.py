@@ -14,6 +14,7 @@ from jax.core import Tracer
 from maestro.errors import UserError
 
 Tree = Mapping[str, Any]
+Leaf = jax.Array | np.ndarray
 
 
 class LowRankError(UserError):
@@ -331,14 +332,14 @@ def find_lead(node: Tree, spec: LayerSpec | None, path: str) -> tuple[int, ...]:
   return candidates[0]
 
 
-def component_axes(x: jax.Array, name: str, n_lead: int) -> tuple[int, ...]:
+def component_axes(x: Leaf, name: str, n_lead: int) -> tuple[int, ...]:
   """Axes of u or v that are neither leading nor the rank axis."""
   if name == "u":
     return tuple(range(n_lead, x.ndim - 1))
   return tuple(range(n_lead + 1, x.ndim))
 
 
-def _live(x: jax.Array, name: str, rank: Any) -> jax.Array:
+def _live(x: Leaf, name: str, rank: Any) -> jax.Array:
   """Boolean [*lead, 1.., R] for u, [*lead, R, 1..] for v: component < rank."""
   lead = jnp.shape(rank)
   n_lead = len(lead)
@@ -348,7 +349,7 @@ def _live(x: jax.Array, name: str, rank: Any) -> jax.Array:
   return jnp.expand_dims(live, component_axes(x, name, n_lead))
 
 
-def mask_factor(x: jax.Array, name: str, rank: Any) -> jax.Array:
+def mask_factor(x: Leaf, name: str, rank: Any) -> jax.Array:
   """Zeroes the components of factor u or v (`name`) at or beyond `rank`."""
   return jnp.where(_live(x, name, rank), x, jnp.zeros((), x.dtype))
 
