@@ -51,6 +51,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUNS = pathlib.Path("runs/experiments")
 RESULTS = pathlib.Path("experiments/results")
 IMAGES = pathlib.Path("docs/images")
+LABELS = {"fixed": "fixed: uniform ranks", "maestro": "maestro: by a lambda"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +222,7 @@ def draw(found: Found) -> matplotlib.figure.Figure:
     for i, (row, curve) in enumerate(curves.items()):
       colour = style.COLOURS[i % len(style.COLOURS)]
       together = row.startswith("nested")
-      label = f"{row}: one network" if together else row
+      label = f"{row}: one network" if together else LABELS.get(row, row)
       means = np.array([curve[p].mean(axis=0) for p in sorted(curve)])
       dots = np.concatenate(list(curve.values()))
       high, dots = means[means[:, 1] > least], dots[dots[:, 1] > least]
