@@ -167,7 +167,7 @@ class Meter:
     where = f"a batch of {facts['batch_size']} on {facts['device']}"
     return UserError(
       f"{WHERE}: budget {budget} cannot be reached: for {where}, the fastest"
-      f" network proposed takes {least:.4g} ms, the dense one {dense:.4g} ms."
+      f" network tried takes {least:.4g} ms, the dense one {dense:.4g} ms."
       " Raise the budget, in a new workdir; a larger"
       " config.method.race.latency_batch_size leaves more to save, if such"
       " batches will be served"

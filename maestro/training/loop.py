@@ -257,6 +257,7 @@ def _start(t: Training, workdir: pathlib.Path) -> tuple[TrainState, Ledger]:
   ledger = Ledger(t.clock.discover)
   _, tx = t.optimizer(ledger.discover_steps)
   state = t.new_state(tx, *t.initial(), {})
+  race.check(t, state, workdir)
   if t.method.decompose_at == "start":
     state = control.begin(t, _decompose(t, state, ledger))
     write_spectra(workdir, "start", state)

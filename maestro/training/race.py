@@ -10,6 +10,7 @@ begins it anew from the end of discover, to the same numbers.
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,6 +87,28 @@ class _Quiet(Writer):
   def progress(self, step, text="", *, examples_per_second=None):
     text = f"race: {self._name} {text}"
     self._writer.progress(step, text, examples_per_second=examples_per_second)
+
+
+def check(t: Training, state: TrainState, workdir: pathlib.Path) -> None:
+  """Measures before training whether a budget of latency can be met.
+
+  Tables depend on shapes alone; the race reads them from the workdir.
+
+  Args:
+    t: the run.
+    state: dense, at its start.
+    workdir: of the run.
+
+  Raises:
+    UserError: the network that is fastest by the tables exceeds the budget.
+  """
+  plan = t.method.race
+  if plan is None or plan.budget.kind != LATENCY:
+    return
+  meter = Meter.of(t, plan.options, state, workdir)
+  fastest = plan.tables(meter).smallest
+  if meter([fastest])[0] > plan.budget.value:
+    raise meter.refusal(plan.budget, [fastest])
 
 
 def race(

@@ -126,10 +126,10 @@ def test_a_budget_is_met_as_measured_and_used(
   for c in candidates:
     ranks = layer_latency.stored(layers, c["ranks"])
     assert times[json.dumps(dict(sorted(ranks.items())))] <= 4
-  # 1 + 3 * 5 for the tables, at most four rounds, and the neighbours; each in
-  # three sessions, the dense network in all of them.
+  # 1 + 3 * 5 for the tables, the fastest of these, at most four rounds, and the
+  # neighbours; each in three sessions, the dense network in all of them.
   calls = calls[::3]
-  assert calls[0] == 16 and len(calls) <= 6
+  assert calls[0] == 16 and len(calls) <= 7
   assert found["networks_measured"] == len(times) == sum(calls) - len(calls) + 1
   assert (found["batch_size"], found["device"]) == (8, "cpu: cpu")
 
@@ -149,7 +149,7 @@ def test_a_stopped_race_is_resumed_by_what_was_measured(tmp_path, monkeypatch):
       def call(state, data):
         nonlocal count
         count += 1
-        if count == n:  # of 22 in discover
+        if count == n:  # of 16 in discover
           signal.raise_signal(signal.SIGTERM)
         return dispatch(state, data)
 
@@ -157,7 +157,7 @@ def test_a_stopped_race_is_resumed_by_what_was_measured(tmp_path, monkeypatch):
 
     return hooked
 
-  for n in (30, 2):
+  for n in (18, 2):
     with monkeypatch.context() as patch:
       patch.setattr(build, "make_dispatch", stop_at(n))
       with pytest.raises(Interrupted, match="within the race"):
@@ -182,6 +182,7 @@ def test_a_budget_too_small_is_named(tmp_path, monkeypatch):
   assert "config.budget, or config.method.budget" in message
   assert f"{least:.4g} ms" in message and "the dense one 6 ms" in message
   assert "Raise" in message and 1 < least < 2
+  assert not (tmp_path / "metrics.jsonl").exists()  # before anything is trained
 
 
 @pytest.mark.parametrize("ms", [6, 100])
@@ -319,4 +320,5 @@ def test_a_real_clock(tmp_path):
   found = loop.train(c, tmp_path)["race"]["latency"]
   times = found["dense_ms"], found["measured_ms"], found["predicted_ms"]
   assert all(math.isfinite(ms) and ms > 0 for ms in times)
-  assert found["networks_measured"] == 16
+  # The tables' networks, and the fastest by them, if it is none of these.
+  assert found["networks_measured"] in (16, 17)
