@@ -51,6 +51,7 @@ def base() -> ConfigDict:
   )
   c.rules = ({"path": ".*"},)
   c.lasso = "hierarchical"
+  c.lasso_cost = config_dict.placeholder(str)
   c.threshold = 1e-5
   c.discover = ConfigDict(
     {

@@ -244,8 +244,7 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
   ranks = _Ranks(m, settings.rules if m.decompose else (), subject)
   lasso: dict[str, Any] = {"kind": settings.lasso}
   if cost := m.lasso_cost or settings.lasso_cost:
-    weighted = controllers.component_weights(layers, ranks.limits, cost)
-    lasso["weights"] = weighted if ranks.limits else None
+    lasso["weights"] = controllers.component_weights(layers, ranks.limits, cost)
   if m.proximal:
     step_penalty = jax.jit(functools.partial(lowrank.group_lasso, **lasso))
   elif m.penalty is not None:
@@ -253,8 +252,11 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
     penalty = functools.partial(PENALTIES[m.penalty], **own)
   if m.shrink is not None:
     shrink = _shrinker(m.shrink, settings.threshold)
+  lam_key = f"{key} (now {lams['discover']:g})"
   if m.controller is not None:
     controller = controllers.bind(m, layers, ranks.limits, subject.dense)
+    force = controller.options.force
+    lam_key = f"config.method.controller.force (now {force:g})"
   plan, chain = _plans(m, settings, subject)
   return Bound(
     decompose_at=m.decompose,
@@ -262,7 +264,7 @@ def bind(m: Method, settings: Settings, subject: Subject) -> Bound:
     choose_ranks=ranks.choose,
     samplers=_samplers(m, settings.samplers),
     lams=lams,
-    lam_key=f"{key} (now {lams['discover']:g})",
+    lam_key=lam_key,
     penalty=penalty,
     step_penalty=step_penalty,
     optimizer=functools.partial(

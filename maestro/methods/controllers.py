@@ -47,6 +47,7 @@ class Options:
 
 
 CONTROLLERS = {"follow": Options}
+_MOST = 1e6  # a force that leaves nothing; without a bound it would overflow
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ class Controller:
     part = min(done / self.options.reach, 1.0)
     aim = self.whole * (self.limit / self.whole) ** part
     if self.cost(ranks) > aim:
-      force *= self.options.rise
+      force = min(force * self.options.rise, _MOST)
       return force, force
     return 0.0, force / math.sqrt(self.options.rise)
 
@@ -168,6 +169,8 @@ def component_weights(
   c; a soft threshold lam w / h meets it, s = sqrt(2 mu c / h), at w in
   proportion to sqrt(c).
   """
+  if not limits:
+    return {}
   roots = {p: math.sqrt(component_cost(layers[p], kind)) for p in limits}
   counts = {p: r * math.prod(layers[p].lead) for p, r in limits.items()}
   mean = sum(roots[p] * n for p, n in counts.items()) / sum(counts.values())

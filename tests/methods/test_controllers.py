@@ -154,6 +154,42 @@ def test_within_the_budget_nothing_is_pushed_further():
   assert c.update(2.0, ranks, c.limit, 0.5) == (0.0, 2.0)
 
 
+def test_a_force_that_never_suffices_stays_finite():
+  c, force = bound(rise=1e9), 1.0
+  ranks = {path: 20 for path in c.costs}
+  for _ in range(100):
+    lam, force = c.update(force, ranks, c.limit + 1, 1.0)
+  assert np.isfinite(np.float32(lam)) and lam == force
+
+
+@pytest.mark.parametrize(
+  ("method", "rules"), [("dense", ({},)), ("svd", ({},)), ("maestro", ())]
+)
+def test_costs_of_a_lasso_that_is_not_there_change_nothing(
+  method, rules, tmp_path
+):
+  config = copy.deepcopy(BASE) | {"method": method, "rules": rules}
+  config["discover"]["epochs"] = 1
+  del config["budget"]
+  results = [
+    train.train(config | {"lasso_cost": cost}, tmp_path / str(cost))["final"]
+    for cost in (None, "macs")
+  ]
+  assert results[0] == results[1]
+
+
+def test_the_weights_of_a_config_are_used(tmp_path):
+  config = copy.deepcopy(BASE) | {"method": "maestro", "budget": None}
+  config["discover"] |= {"epochs": 1, "lam": 1e-2}
+  losses = [
+    train.train(config | {"lasso_cost": cost}, tmp_path / str(cost))["final"]
+    for cost in (None, "macs", "params")
+  ]
+  assert losses[0]["metrics"] != losses[1]["metrics"]
+  # A dense layer's component has as many MACs as parameters.
+  assert losses[1]["metrics"] == losses[2]["metrics"]
+
+
 # --- in a run ---
 
 
