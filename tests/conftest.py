@@ -54,16 +54,22 @@ import maestro.nn  # noqa: E402
 from maestro import lowrank, trees  # noqa: E402
 from maestro.lowrank import Rule  # noqa: E402
 
-jaxtyping.config.update("jaxtyping_disable", True)  # but in tests, below
+# Parameters of tests may have wrong types; these are made while collecting.
+jaxtyping.config.update("jaxtyping_disable", True)
+
+
+def pytest_collection_finish():
+  """From here on types are checked."""
+  jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)
 def types_are_checked(request):
-  """Checks types, but in tests that give wrong ones on purpose."""
+  """Lets those tests alone that give wrong types on purpose."""
   wrong = request.node.get_closest_marker("wrong_types") is not None
   jaxtyping.config.update("jaxtyping_disable", wrong)
   yield
-  jaxtyping.config.update("jaxtyping_disable", True)
+  jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # ---------------------------------------------------------------------------
