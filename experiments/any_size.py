@@ -285,7 +285,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("jobs", 1, "Runs at a time.", 1)
   flags.DEFINE_list("rows", None, "Which rows to run; all if not given.")
   flags.DEFINE_list(
-    "budgets", None, "Percent, of race, fixed; all levels if not given."
+    "budgets",
+    None,
+    "Percent, of race, fixed, lasso; all levels if not given.",
   )
   flags.DEFINE_bool("smoke", False, "Two epochs, one seed; not kept.")
 

@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
   run = build.open_run(values.workdir, values.checkpoint, values.data_dir)
   dataset = data_lib.make(**run.config.data)
   start = time.monotonic()
-  run = before_cuts(run, dataset, values.reorder)
+  read, run = run, before_cuts(run, dataset, values.reorder)
   rows = allocate(
     run,
     budgets,
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     "checkpoint": values.checkpoint,
     "step": run.step,
     "rule": values.rule,
-    "reorder": values.reorder is not False and not run.levels,
+    "reorder": run is not read,
     "options": options,
     "git": provenance.git_commit(),
     "device": f"{device.platform}: {device.device_kind}",

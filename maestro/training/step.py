@@ -123,7 +123,7 @@ def make_step(
     if level is None or not state.batch_stats:
       return new.replace(batch_stats=whole), total
     if full_pass is not None:
-      new = Level(0, state.ranks).with_statistics(new, whole)
+      new = Level(0, {}).with_statistics(new, whole)
     return level.with_statistics(new, stats), total
 
   return step
