@@ -9,9 +9,9 @@ with an aim that falls to the budget, t in [0, 1] of discover:
   otherwise:   force <- force / sqrt(rise),  lam = 0
 
 so that ranks fall as slowly as the time allows, and no further than asked for.
-Costs here are those of factors, unlike a network's, whose layers are merged
-where that is cheaper: they fall with every component. Once the network meets
-the budget, lam stays 0: ranks that are lost do not come back.
+Costs here are those of factors, which fall with every component; a network,
+whose layers are merged where that is cheaper, costs no more. Once they meet the
+budget, lam stays 0: ranks that are lost do not come back.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from maestro import schema
-from maestro.cost.budget import WHERE, Budget, parse_budget, weight_cost
+from maestro.cost.budget import WHERE, parse_budget, weight_cost
 from maestro.cost.count import Cost, layer_macs
 from maestro.methods.table import Method
 from maestro.schema import ConfigError
@@ -56,15 +56,13 @@ class Controller:
 
   Attributes:
     options: see `Options`.
-    budget: of the network.
-    limit: the most that it may cost.
+    limit: the most that the network may cost.
     costs: {path: cost of a component}.
     fixed: cost of what is not factored.
     whole: cost of all factors at full rank, and of the rest.
   """
 
   options: Options
-  budget: Budget
   limit: int
   costs: Mapping[str, int]
   fixed: int
@@ -77,21 +75,21 @@ class Controller:
     )
 
   def update(
-    self, force: float, ranks: Mapping[str, Any], network: int, done: float
+    self, force: float, ranks: Mapping[str, Any], done: float
   ) -> tuple[float, float]:
     """Returns the next (lam, force).
 
     Args:
       force: the last one.
       ranks: {path: rank} that are left.
-      network: cost of the network at them, in the budget's unit.
       done: the part of discover.
     """
-    if network <= self.limit:
+    cost = self.cost(ranks)
+    if cost <= self.limit:
       return 0.0, force
     part = min(done / self.options.reach, 1.0)
     aim = self.whole * (self.limit / self.whole) ** part
-    if self.cost(ranks) > aim:
+    if cost > aim:
       force = min(force * self.options.rise, _MOST)
       return force, force
     return 0.0, force / math.sqrt(self.options.rise)
@@ -126,7 +124,7 @@ def bind(
     costs[path] * rank * math.prod(layers[path].lead)
     for path, rank in limits.items()
   )
-  return Controller(options, budget, budget.limit(total), costs, fixed, whole)
+  return Controller(options, budget.limit(total), costs, fixed, whole)
 
 
 def check(m: Method) -> None:

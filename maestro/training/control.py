@@ -4,7 +4,6 @@ import jax
 import numpy as np
 
 from maestro import trees
-from maestro.cost.count import count_cost
 from maestro.parallel.mesh import replicate
 from maestro.training.build import Training
 from maestro.training.results import Ledger
@@ -24,12 +23,9 @@ def update(t: Training, state: TrainState, ledger: Ledger) -> TrainState:
   controller = t.method.controller
   if controller is None or not state.controls:
     return state
-  ranks = jax.device_get(state.ranks)
-  network = count_cost(t.layers, state.params, ranks)
   moved = controller.update(
     float(state.controls["force"]),
-    trees.flatten_ranks(ranks),
-    getattr(network, controller.budget.kind),
+    trees.flatten_ranks(jax.device_get(state.ranks)),
     int(state.step) / ledger.discover_steps,
   )
   return _with(t, state, *moved)

@@ -141,8 +141,10 @@ def test_the_lasso_acts_above_the_aim_alone(done):
   aim = c.whole * (c.limit / c.whole) ** min(done / 0.8, 1.0)
   for rank in range(1, 21):
     ranks = {path: rank for path in c.costs}
-    lam, force = c.update(3.0, ranks, c.limit + 1, done)
-    if c.cost(ranks) > aim:
+    lam, force = c.update(3.0, ranks, done)
+    if c.cost(ranks) <= c.limit:
+      assert (lam, force) == (0.0, 3.0)
+    elif c.cost(ranks) > aim:
       assert lam == force == 6.0
     else:
       assert lam == 0.0 and force == pytest.approx(3.0 / 2**0.5)
@@ -151,14 +153,14 @@ def test_the_lasso_acts_above_the_aim_alone(done):
 def test_within_the_budget_nothing_is_pushed_further():
   c = bound()
   ranks = {path: 5 for path in c.costs}
-  assert c.update(2.0, ranks, c.limit, 0.5) == (0.0, 2.0)
+  assert c.update(2.0, ranks, 0.5) == (0.0, 2.0)
 
 
 def test_a_force_that_never_suffices_stays_finite():
   c, force = bound(rise=1e9), 1.0
   ranks = {path: 20 for path in c.costs}
   for _ in range(100):
-    lam, force = c.update(force, ranks, c.limit + 1, 1.0)
+    lam, force = c.update(force, ranks, 1.0)
   assert np.isfinite(np.float32(lam)) and lam == force
 
 
