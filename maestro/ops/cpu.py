@@ -5,6 +5,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ _FEWEST_PIXELS, _FEW_PIXELS = 4, 16
 _FEW_CHANNELS = 3
 _MOST_NUMBERS = 1 << 26  # in patches of few channels: 256 MB of float32
 
-# Its gradient for the kernel takes 5 times as long as products at 32 x 32
-# pixels, 1.7 times at 16 x 16, and no longer at 8 x 8.
-_MANY_PIXELS = 100
+# Its gradient for the kernel takes 2 to 9 times as long as products of blocks
+# at 32 x 32 and 16 x 16 pixels, 1.3 times at 8 x 8, and no longer at 4 x 4.
+_MANY_PIXELS = 64
+_BLOCK = 1 << 19  # numbers of a block's matrices: 2 MB of float32
 
 _portable = contextvars.ContextVar("portable", default=False)
 
@@ -55,9 +57,9 @@ def convolution(
 
   One product, of shifted slices of the padded input side by side with the
   kernel as a matrix, for windows of one pixel, outputs of few pixels and inputs
-  of few channels. For outputs of many pixels, XLA's convolution with a gradient
-  of its own for the kernel, a product for each offset of the window; that has
-  no forward-mode derivative. On accelerators it is XLA's alone.
+  of few channels; else XLA's convolution. For outputs of many pixels with a
+  gradient of its own for the kernel, a sum of products of blocks of examples;
+  that has no forward-mode derivative. On accelerators it is XLA's alone.
   """
   layout = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
   last, n = x.ndim - 1, x.ndim - 2
@@ -106,22 +108,31 @@ def convolution(
     )
     one = math.prod(window) == 1 and not any(map(any, padding))
     precision = options.get("precision")
+    form = _channels_last
     if min(pixels, default=0) > 0 and (few or one):
-
-      def products(x, kernel):
-        return _product(x, kernel, strides, padding, rhs_dilation, precision)
-
-      if _portable.get():
-        return lax.platform_dependent(x, kernel, cpu=products, default=plain)
-      return products(x, kernel)
+      form = _product
+    how = _How(strides, tuple(map(tuple, padding)), rhs_dilation, precision)
     simple = {k for k, v in options.items() if v is not None} <= {"precision"}
+    if form is _product and _portable.get():
+      ours = functools.partial(form, how)
+      return lax.platform_dependent(x, kernel, cpu=ours, default=plain)
     if simple and math.prod(pixels) >= _MANY_PIXELS and x.dtype == kernel.dtype:
-      pads = tuple(map(tuple, padding))
-      return _large(strides, pads, rhs_dilation, precision, x, kernel)
+      return _large(form, how, x, kernel)
+    if form is _product:
+      return form(how, x, kernel)
   return plain(x, kernel)
 
 
-def _channels_last(x, kernel, strides, padding, dilation, precision):
+class _How(NamedTuple):
+  """What a convolution does, an entry per spatial axis."""
+
+  strides: tuple[int, ...]
+  padding: tuple[tuple[int, int], ...]
+  dilation: tuple[int, ...]
+  precision: Any
+
+
+def _channels_last(how, x, kernel):
   """XLA's convolution of [b, *space, in] with [*window, in, out]."""
   last, n = x.ndim - 1, x.ndim - 2
   numbers = lax.ConvDimensionNumbers(
@@ -130,70 +141,107 @@ def _channels_last(x, kernel, strides, padding, dilation, precision):
   return lax.conv_general_dilated(
     x,
     kernel,
-    strides,
-    padding,
-    rhs_dilation=dilation,
+    how.strides,
+    how.padding,
+    rhs_dilation=how.dilation,
     dimension_numbers=numbers,
-    precision=precision,
+    precision=how.precision,
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _large(strides, padding, dilation, precision, x, kernel):
-  """`_channels_last` with the gradients of `_large_backward`."""
-  return _channels_last(x, kernel, strides, padding, dilation, precision)
+def _product(how, x, kernel):
+  """Multiplies patches [b, *pixels, window in] with [window in, out]."""
+  n = kernel.ndim - 2
+  x = unroll(
+    x, kernel.shape[:n], how.strides, how.padding, (1,) * n, how.dilation
+  )
+  kernel = kernel.reshape((math.prod(kernel.shape[:-1]), kernel.shape[-1]))
+  return jnp.dot(x, kernel, precision=how.precision)
 
 
-def _large_forward(strides, padding, dilation, precision, x, kernel):
-  y = _channels_last(x, kernel, strides, padding, dilation, precision)
-  return y, (x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _large(form, how, x, kernel):
+  """`form`, `_product` or `_channels_last`, with `_large_backward`."""
+  return form(how, x, kernel)
 
 
-def _large_backward(strides, padding, dilation, precision, saved, g):
-  """Returns XLA's gradient for x; for the kernel, a product for each offset.
+def _large_forward(form, how, x, kernel):
+  return form(how, x, kernel), (x, kernel)
 
-  dK[o] = sum over b, p of  x[b, p * stride + o * dilation]^T g[b, p]
+
+def _large_backward(form, how, saved, g):
+  """Returns the form's own gradient for x; for the kernel, a sum over blocks.
+
+  A block is as many examples as a core's cache holds beside their shifted
+  copies, and takes one product (see `_shifted`). On several devices the batch
+  may be split among them, and is one block.
   """
   x, kernel = saved
-  n_in, n_out = kernel.shape[-2:]
-  _, transpose = jax.vjp(
-    lambda x: _channels_last(x, kernel, strides, padding, dilation, precision),
-    x,
-  )
-  edges = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
-  padded, rows = lax.pad(x, jnp.zeros((), x.dtype), edges), g.reshape(-1, n_out)
+  window, images = kernel.shape[:-2], x.shape[0]
+  shifted = functools.partial(_shifted, how, window)
   # Accumulated in at least float32, as XLA's own gradient is.
   wide = jnp.promote_types(x.dtype, jnp.float32)
-  parts = []
-  for offset in np.ndindex(*kernel.shape[:-2]):
-    start = [o * d for o, d in zip(offset, dilation, strict=True)]
-    stop = [
-      a + (size - 1) * s + 1
-      for a, size, s in zip(start, g.shape[1:-1], strides, strict=True)
-    ]
-    seen = lax.slice(
-      padded, (0, *start, 0), (x.shape[0], *stop, n_in), (1, *strides, 1)
-    )
-    part = lax.dot_general(
-      seen.reshape(-1, n_in),
-      rows,
+
+  def product(x, g):
+    return lax.dot_general(
+      *shifted(x, g),
       (((0,), (0,)), ((), ())),
-      precision=precision,
+      precision=how.precision,
       preferred_element_type=wide,
     )
-    parts.append(part.astype(kernel.dtype))
-  return transpose(g)[0], jnp.stack(parts).reshape(kernel.shape)
+
+  def add(total, pair):
+    return total + product(*pair), None
+
+  one = jax.eval_shape(shifted, x[:1], g[:1])
+  block = images
+  if isinstance(images, int) and jax.device_count() == 1:
+    block = _divisor(images, _BLOCK // sum(math.prod(n.shape) for n in one))
+  if block == images:
+    total = product(x, g)
+  else:
+    zeros = jnp.zeros([n.shape[1] for n in one], wide)
+    blocks = [v.reshape(-1, block, *v.shape[1:]) for v in (x, g)]
+    total, _ = lax.scan(add, zeros, blocks)
+  n_in, n_out = kernel.shape[-2:]
+  total = total.reshape(-1, n_in, total.shape[1] // n_out, n_out)
+  total = jnp.moveaxis(total, 2, 0).reshape(kernel.shape).astype(kernel.dtype)
+  _, transpose = jax.vjp(lambda x: form(how, x, kernel), x)
+  return transpose(g)[0], total
 
 
 _large.defvjp(_large_forward, _large_backward)
 
 
-def _product(x, kernel, strides, padding, dilation, precision):
-  """Multiplies patches [b, *pixels, window in] with [window in, out]."""
-  n = kernel.ndim - 2
-  x = unroll(x, kernel.shape[:n], strides, padding, (1,) * n, dilation)
-  kernel = kernel.reshape((math.prod(kernel.shape[:-1]), kernel.shape[-1]))
-  return jnp.dot(x, kernel, precision=precision)
+def _shifted(how, window, x, g):
+  """Returns matrices whose product is a convolution's gradient for its kernel.
+
+    dK[r, c] = sum over b, q, p of  x[b, q, p * stride + c]^T g[b, q - r, p]
+
+  with r an offset of the window along the first axis of space and c along the
+  others. The one matrix is x with each c, [b * q * p, c * in], the other is g
+  with each r, [b * q * p, r * out]: for a window of 3 x 3, three copies of each
+  in place of nine of x. Under a stride along the first axis x has every offset.
+  """
+  n, rows = len(window), window[0] if how.strides[0] == 1 else 1
+  others = (window[0] // rows, *window[1:])
+  x = unroll(x, others, how.strides, how.padding, (1,) * n, how.dilation)
+  step, zero = how.dilation[0], jnp.zeros((), g.dtype)
+  none = [(0, 0, 0)] * n
+  g = lax.concatenate(
+    [
+      lax.pad(g, zero, [none[0], (r * step, (rows - 1 - r) * step, 0), *none])
+      for r in range(rows)
+    ],
+    n + 1,
+  )
+  return x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+
+
+def _divisor(number, most):
+  """Returns the largest divisor of a number that is at most `most`, or 1."""
+  fits = [d for d in range(1, number + 1) if number % d == 0 and d <= most]
+  return max(fits, default=1)
 
 
 def unroll(

@@ -360,14 +360,17 @@ _LARGE = {
   "valid": {"padding": "VALID"},
   "strided": {"strides": (2, 2)},
   "uneven": {"strides": (3, 2), "padding": ((2, 0), (1, 3))},
+  "one stride": {"strides": (1, 2), "padding": ((2, 0), (1, 3))},
   "dilated": {"rhs_dilation": (2, 1)},
   "cropped": {"padding": ((-1, 2), (0, -2))},
 }
 
 
 def _convolve(x, kernel, convolve, **options):
-  options = {"strides": (1, 1), "padding": "SAME"} | options
+  n = x.ndim - 2
+  options = {"strides": (1,) * n, "padding": "SAME"} | options
   strides, padding = options.pop("strides"), options.pop("padding")
+  space = "DHW"[3 - n :]
   return convolve(
     x,
     kernel,
@@ -375,31 +378,66 @@ def _convolve(x, kernel, convolve, **options):
     padding,
     lhs_dilation=None,
     rhs_dilation=options.pop("rhs_dilation", None),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
     feature_group_count=1,
     precision=None,
   )
 
 
-@pytest.mark.parametrize("options", _LARGE.values(), ids=_LARGE)
-@pytest.mark.parametrize("window", [(3, 3), (5, 2)], ids=str)
-def test_gradients_of_large_convolutions_are_those_of_xla(options, window):
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.standard_normal((2, 41, 37, 5)), jnp.float32)
-  kernel = jnp.asarray(rng.standard_normal((*window, 5, 4)), jnp.float32)
+def _large_gradients(x, kernel, **options):
+  """Checks gradients against XLA's; returns the backward pass as a program."""
+  x, kernel = (jnp.asarray(v, jnp.float32) for v in (x, kernel))
 
   def run(convolve):
-    y, pull = jax.vjp(
-      lambda x, k: _convolve(x, k, convolve, **options), x, kernel
-    )
+    def f(x, k):
+      return _convolve(x, k, convolve, **options)
+
+    y, pull = jax.vjp(f, x, kernel)
     return y, pull(jnp.cos(y))
 
   ours, theirs = run(ops.convolution), run(jax.lax.conv_general_dilated)
-  np.testing.assert_array_equal(ours[0], theirs[0])
+  np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
   for a, b in zip(ours[1], theirs[1], strict=True):
+    assert a.shape == b.shape
     assert np.abs(a - b).max() <= 2e-6 * np.abs(b).max()
-  jaxpr = str(jax.make_jaxpr(lambda: run(ops.convolution)[1][1])())
-  assert jaxpr.count("dot_general[") == window[0] * window[1]
+  return str(jax.make_jaxpr(lambda: run(ops.convolution)[1][1])())
+
+
+@pytest.mark.parametrize("options", _LARGE.values(), ids=_LARGE)
+@pytest.mark.parametrize("window", [(3, 3), (5, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("channels", [2, 5])
+@pytest.mark.parametrize("blocks", [1, 6])
+def test_gradients_of_large_convolutions_are_those_of_xla(
+  options, window, channels, blocks, monkeypatch
+):
+  monkeypatch.setattr(ops.cpu, "_BLOCK", 1 if blocks > 1 else 1 << 30)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((6, 41, 37, channels))
+  kernel = rng.standard_normal((*window, channels, 4))
+  program = _large_gradients(x, kernel, **options)
+  assert ("length=6" in program) == (blocks == 6)
+
+
+@pytest.mark.parametrize("window", [(4,), (3, 1, 2)], ids=str)
+def test_gradients_of_large_convolutions_of_other_axes(window, monkeypatch):
+  monkeypatch.setattr(ops.cpu, "_BLOCK", 1)
+  rng = np.random.default_rng(1)
+  space = {1: (70,), 3: (6, 5, 7)}[len(window)]
+  x = rng.standard_normal((2, *space, 5))
+  _large_gradients(x, rng.standard_normal((*window, 5, 3)))
+
+
+def test_a_block_is_as_large_as_fits_and_divides_the_batch(monkeypatch):
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  x, kernel = np.ones((12, 10, 10, 4)), np.ones((3, 3, 4, 5))
+  one = 12 * 10 * 3 * (4 + 5)  # an image's three copies, padded along one axis
+  for fit, blocks in ((5.9, 3), (6, 2), (2.5, 6), (0.5, 12)):
+    monkeypatch.setattr(ops.cpu, "_BLOCK", int(fit * one))
+    assert f"length={blocks}" in _large_gradients(x, kernel)
+  # Devices may split the batch.
+  monkeypatch.setattr(jax, "device_count", lambda: 2)
+  assert "length=" not in _large_gradients(x, kernel)
 
 
 def test_large_convolutions_batch_and_keep_half_precision():
