@@ -61,7 +61,8 @@ from benchmarks import plain
 from maestro import cli, data, lowrank, models, sampling
 from maestro import introspect as nn
 from maestro.errors import UserError
-from maestro.parallel.mesh import make_mesh
+from maestro.parallel.mesh import MeshShape, make_mesh
+from maestro.parallel.rules import Placement
 from maestro.report.tables import align
 from maestro.runs.provenance import git_commit
 from maestro.training import losses
@@ -367,7 +368,7 @@ class Bench:
       lam=lam,
       penalty=lowrank.group_lasso,
       full_pass=None,
-      mesh=make_mesh(1),
+      placement=Placement(make_mesh(MeshShape(data=1)), {}),
     )
     dispatch = make_dispatch(step, self.steps)
     form = _stepper(dispatch, state, self.arrays, self.steps)

@@ -27,7 +27,7 @@ from maestro import data as data_lib
 from maestro.cost import profiles as budget
 from maestro.deploy import choose as allocate
 from maestro.errors import UserError
-from maestro.parallel.mesh import make_mesh
+from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.report import style
 from maestro.report import tables as report
 from maestro.runs import provenance
@@ -61,7 +61,8 @@ def _decomposed(run: build.Run) -> build.Run:
 def _rows(source: str, run: build.Run, dataset, smoke: bool) -> list[dict]:
   """Cuts one network by every rule; validation and test scores of each."""
   budgets = [f"macs:{f}" for f in FRACTIONS]
-  evaluate = build.make_evaluator(run.config, run.model, dataset, make_mesh(1))
+  mesh = make_mesh(MeshShape(data=1))
+  evaluate = build.make_evaluator(run.config, run.model, dataset, mesh)
   rows = []
   for rule in allocate.RULES:
     start = time.monotonic()

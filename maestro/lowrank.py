@@ -54,6 +54,7 @@ from maestro.trees import (
   to_matrix,
   unboxed,
   unflatten_ranks,
+  wide_dtype,
   with_factors,
 )
 
@@ -360,7 +361,7 @@ def squared_norms(x: jax.Array | np.ndarray, name: str, rank: Any) -> jax.Array:
   """Squared Frobenius norm of each component, [*lead, R], zero if dead."""
   # Masked before it is squared, or a NaN would reach the gradient: 0 * NaN.
   wide = mask_factor(x, name, rank)
-  wide = wide.astype(jnp.promote_types(x.dtype, jnp.float32))
+  wide = wide.astype(wide_dtype(x.dtype))
   square = jnp.real(wide * jnp.conj(wide))
   return jnp.sum(square, axis=component_axes(x, name, jnp.ndim(rank)))
 

@@ -204,7 +204,7 @@ def _open(workdir: pathlib.Path, config: Any, criterion: Mapping) -> dict:
         f"{prefix}{key}: {there.get(key)} there, {here.get(key)} here"
         for key in here | there
         if there.get(key) != here.get(key)
-        and key not in workdir_lib.PLACES
+        and not workdir_lib.PLACES.fullmatch(key)
         and not (key in ("max_runs", "seeds") and there.get(key, 0) < here[key])
       ]
       if differ:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro.trees import LowRankError, is_traced
+from maestro.trees import LowRankError, is_traced, wide_dtype
 
 
 @jax.custom_jvp
@@ -41,7 +41,7 @@ def svd(matrix: jax.Array, path: str) -> tuple[jax.Array, jax.Array, jax.Array]:
       " decomposition; mend the parameters, or start from an earlier checkpoint"
     )
   # SVD has no half-precision form.
-  wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+  wide = matrix.astype(wide_dtype(matrix.dtype))
   wide = jnp.where(finite, wide, jnp.zeros((), wide.dtype))
   left, s, right = _svd(wide)
   return left, jnp.where(finite[..., 0], s, jnp.nan), right

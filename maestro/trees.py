@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -162,6 +162,41 @@ def replace(tree: Tree, changes: Mapping[str, Tree], path: str = "") -> dict:
   }
 
 
+def map_mirrored(
+  tree: Any, params: Tree, edit: Callable[[Any, str | None], Any]
+) -> Any:
+  """Applies edit(leaf, path) to a tree that holds copies of parameters.
+
+  A leaf mirrors a parameter if its path ends in the parameter's path and it has
+  its shape; of several such parameters the one with the longest path. Fields
+  and indices of the tree's own classes are no part of it: `mu` of Adam is
+  another thing than a module of that name. `edit` gets the parameter's path,
+  slash-joined, or None where a leaf mirrors nothing.
+  """
+  shapes = {
+    names_of(path): jnp.shape(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+  def visit(path, leaf):
+    own = [i for i, k in enumerate(path) if not hasattr(k, "key")]
+    names = names_of(path[own[-1] + 1 if own else 0 :])
+    for start in range(len(names)):
+      if shapes.get(names[start:]) == jnp.shape(leaf):
+        return edit(leaf, "/".join(names[start:]))
+    return edit(leaf, None)
+
+  return jax.tree_util.tree_map_with_path(visit, tree)
+
+
+def names_of(path: Sequence[Any]) -> tuple[str, ...]:
+  """Turns a key path into names; fields and dictionary keys alike."""
+  return tuple(
+    str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+    for k in path
+  )
+
+
 # ---------------------------------------------------------------------------
 # Boxes: Flax's metadata around a parameter, such as names for its sharding
 # ---------------------------------------------------------------------------
@@ -258,6 +293,13 @@ def unflatten_ranks(flat: Mapping[str, Any]) -> dict:
 
 def is_traced(x: Any) -> bool:
   return isinstance(x, Tracer)
+
+
+def wide_dtype(dtype: Any) -> np.dtype:
+  """What numbers of a type are added up in: at least single precision."""
+  if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32:
+    return jnp.dtype(dtype)
+  return jnp.dtype(jnp.float32)
 
 
 def as_written(x: float) -> Fraction:

@@ -28,7 +28,7 @@ CONFIG = {
     "epochs": 1,
     "schedule": {"name": "constant", "learning_rate": 0.05},
   },
-  "num_devices": 1,
+  "mesh": {"data": 1},
 }
 
 

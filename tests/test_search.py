@@ -382,7 +382,7 @@ def test_default_workdir(fake, command, monkeypatch, tmp_path):
 def test_digits_end_to_end(command, monkeypatch, tmp_path, capsys):
   # Programs that both runs share are compiled once: half the time.
   monkeypatch.setattr(search.jax, "clear_caches", lambda: None)
-  flags = "--config.num_devices=1", "--start=0.01", "--max_runs=1"
+  flags = "--config.mesh.data=1", "--start=0.01", "--max_runs=1"
   flags += "--config.settle.epochs=0", "--config.model.features=(8,)"
   code = command(*flags, "--max_accuracy_loss=0.9")
   record = json.loads((tmp_path / "search.json").read_text())

@@ -24,7 +24,7 @@ from maestro.cost.budget import (
 from maestro.cost.count import count_cost
 from maestro.cost.latency import measure_latency
 from maestro.errors import UserError
-from maestro.parallel.mesh import make_mesh
+from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.training import build
 from maestro.training.judge import make_judge
 
@@ -371,7 +371,7 @@ def allocate(
   """
   oracle = Oracle(run, dataset, Options(**options), measure, log)
   chosen = _choose(oracle, rule, budgets)
-  mesh = make_mesh(1)
+  mesh = make_mesh(MeshShape(data=1))
   evaluate = build.make_evaluator(run.config, run.model, dataset, mesh)
   recalibrate = build.make_recalibrator(run.config, run.model, dataset, mesh)
   dense = budget_lib.dense_cost(run.layers, run.params)

@@ -29,7 +29,7 @@ from maestro.deploy.artifact import (
 from maestro.deploy.packing import Profile
 from maestro.errors import UserError
 from maestro.models import MODELS
-from maestro.parallel.mesh import make_mesh
+from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.report.tables import text_table
 from maestro.runs.provenance import git_commit
 from maestro.training import build
@@ -228,7 +228,7 @@ def _with_data(
   run: build.Run, cuts: Sequence[Cut], dataset: data_lib.Dataset, fresh: bool
 ) -> list[Cut]:
   """Gives networks their own batch statistics, then evaluates them."""
-  c, mesh = run.config, make_mesh(1)
+  c, mesh = run.config, make_mesh(MeshShape(data=1))
   recalibrate = build.make_recalibrator(c, run.model, dataset, mesh)
   evaluate = build.make_evaluator(c, run.model, dataset, mesh)
   done = []

@@ -9,7 +9,7 @@ from maestro import lowrank, streams, trees
 from maestro.errors import UserError
 from maestro.introspect import mode
 from maestro.methods import fisher
-from maestro.parallel.mesh import make_mesh
+from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.training import build
 
 _EXAMPLES = 512  # training images from which moments are taken
@@ -68,7 +68,7 @@ def reordered(run: build.Run, dataset: data_lib.Dataset | None) -> build.Run:
   variables = {"params": params}
   if run.batch_stats:
     recalibrate = build.make_recalibrator(
-      run.config, run.model, dataset, make_mesh(1)
+      run.config, run.model, dataset, make_mesh(MeshShape(data=1))
     )
     variables = recalibrate(variables | {"batch_stats": run.batch_stats})
   moments = fisher.moments(

@@ -28,7 +28,7 @@ def frobenius(params: Tree, ranks: Tree, kind: str = "") -> jax.Array:
     lead, R = jnp.shape(rank), node["u"].shape[-1]
     n = len(lead)
     u, v = (
-      node[name].astype(jnp.promote_types(node[name].dtype, jnp.float32))
+      node[name].astype(trees.wide_dtype(node[name].dtype))
       for name in ("u", "v")
     )
     u = u.reshape((*lead, math.prod(u.shape[n:-1]), R))

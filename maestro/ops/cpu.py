@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from maestro.trees import wide_dtype
+
 # XLA:CPU takes some sixty times as long as a product for outputs of 2 x 2
 # pixels, a little longer at 4 x 4 unless channels get fewer, and longer for the
 # channels of raw images; see docs/performance.md.
@@ -180,7 +182,7 @@ def _large_backward(form, how, saved, g):
   window, images = kernel.shape[:-2], x.shape[0]
   shifted = functools.partial(_shifted, how, window)
   # Accumulated in at least float32, as XLA's own gradient is.
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  wide = wide_dtype(x.dtype)
 
   def product(x, g):
     return lax.dot_general(

@@ -105,7 +105,7 @@ def conv(
   else:  # XLA has no convolution to zero channels, but it has its shape
     wide = jax.ShapeDtypeStruct((*u.shape[:-1], groups), u.dtype)
     shape = jax.eval_shape(convolve, x, wide).shape
-    h = jnp.zeros((*shape[:-1], 0), jnp.result_type(x, u))
+    h = jnp.zeros((*shape[:-1], 0), u.dtype)
   if groups > 1:
     h = h.reshape((*h.shape[:-1], groups, rank_axis))
     y = jnp.einsum("...gr,gro->...go", h, v, precision=precision)

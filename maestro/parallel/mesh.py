@@ -1,34 +1,81 @@
-"""Data parallelism: one mesh axis; arrays replicated, batches split."""
+"""Meshes of devices, and batches split over them."""
+
+import dataclasses
+import math
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maestro.errors import UserError
 
+BATCH = ("data", "fsdp")  # the axes over which a batch is split
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-  """Returns a one-axis mesh ("data") over the first devices; None is all."""
-  devices = jax.devices()
-  n = len(devices) if num_devices is None else num_devices
-  if not 1 <= n <= len(devices):
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+  """How many devices each axis has; one may be -1, all that are left.
+
+  Attributes:
+    data: each has a part of the batch, and all parameters.
+    fsdp: each has a part of the batch, and of every large parameter.
+    model: each has a part of every layer's features, and the whole batch.
+  """
+
+  data: int = -1
+  fsdp: int = 1
+  model: int = 1
+
+
+def make_mesh(shape: MeshShape) -> Mesh:
+  """Returns a mesh over the first devices that a shape asks for.
+
+  Raises:
+    UserError: there are too few devices, or they cannot be divided so.
+  """
+  devices, sizes = jax.devices(), dataclasses.asdict(shape)
+  there = f"there are {len(devices)} ({devices[0].platform})"
+  if bad := {k: n for k, n in sizes.items() if n < 1 and n != -1}:
+    raise UserError(f"config.mesh: {bad}; use -1 or a number of devices")
+  free = [name for name, n in sizes.items() if n == -1]
+  if len(free) > 1:
+    raise UserError(f"config.mesh: {free} are both -1, which only one may be")
+  given = math.prod(n for n in sizes.values() if n != -1)
+  fixed = " x ".join(f"{k}={n}" for k, n in sizes.items() if n > 1) or "1"
+  if given > len(devices):
     raise UserError(
-      f"config.num_devices: {n} asked for, but there are {len(devices)}"
-      f" ({devices[0].platform})"
+      f"config.mesh: {fixed} asks for {given} devices, but {there}"
     )
+  if free:
+    if len(devices) % given:
+      fits = max(n for n in range(1, given) if len(devices) % n == 0)
+      raise UserError(
+        f"config.mesh: {fixed} does not divide the devices, {there}; the"
+        f" nearest that does is {fits}, or set {free[0]} to a number"
+      )
+    sizes[free[0]] = len(devices) // given
   return jax.make_mesh(
-    (n,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:n]
+    tuple(sizes.values()),
+    tuple(sizes),
+    axis_types=(AxisType.Auto,) * len(sizes),
+    devices=devices[: math.prod(sizes.values())],
   )
 
 
-def replicate(tree, mesh: Mesh):
+def batch_devices(mesh: Mesh) -> int:
+  """Among how many devices a batch is divided."""
+  return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
   """Puts every array of a tree onto all devices of the mesh."""
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def split_batch(tree, mesh: Mesh):
+def split_batch(tree: Any, mesh: Mesh) -> Any:
   """Constrains arrays, within jit, to be split along their first axis."""
   if mesh.size == 1:
     return tree
   return jax.lax.with_sharding_constraint(
-    tree, NamedSharding(mesh, PartitionSpec("data"))
+    tree, NamedSharding(mesh, PartitionSpec(BATCH))
   )

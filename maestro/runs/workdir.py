@@ -9,7 +9,7 @@ import pathlib
 import re
 import socket
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maestro.errors import UserError
@@ -19,8 +19,9 @@ class WorkdirError(UserError):
   """A workdir is another run's, is broken or cannot be written."""
 
 
-# Keys in which two configs of one run may differ: where things are.
-PLACES: Sequence[str] = ("data.data_dir",)
+# Keys in which two configs of one run may differ: where things are. The number
+# of devices is in runs from before there were meshes.
+PLACES = re.compile(r"data\.data_dir|mesh(\..*)?|placement|num_devices")
 
 # What results.json must hold to be the end of a run.
 RESULTS = {"config": dict, "dense": dict, "final": dict, "layers": list}
@@ -67,7 +68,7 @@ def finished_results(workdir: pathlib.Path, config) -> dict | None:
   changed = [  # a key that is absent, as in an older config, is None
     f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here"
     for key in sorted(old.keys() | new.keys())
-    if key not in PLACES and old.get(key) != new.get(key)
+    if not PLACES.fullmatch(key) and old.get(key) != new.get(key)
   ]
   if changed:
     raise WorkdirError(

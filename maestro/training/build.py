@@ -20,7 +20,8 @@ from maestro.errors import UserError
 from maestro.methods import bind as methods
 from maestro.methods.subject import Subject
 from maestro.models import MODELS
-from maestro.parallel.mesh import Mesh, make_mesh
+from maestro.parallel.mesh import Mesh, batch_devices, make_mesh
+from maestro.parallel.rules import Placement
 from maestro.runs import checkpoint
 from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
@@ -160,6 +161,7 @@ class Training:
 
   Attributes:
     mesh: the devices.
+    placement: where parameters lie on them.
     dataset: its splits, in host memory.
     facts: about the data set.
     model: the Flax module.
@@ -184,6 +186,7 @@ class Training:
   """
 
   mesh: Mesh
+  placement: Placement
   dataset: data_lib.Dataset
   facts: Facts
   model: Any
@@ -214,7 +217,7 @@ def check(c: Config) -> None:
   Raises:
     UserError: names the key.
   """
-  make_mesh(c.num_devices)
+  make_mesh(c.mesh)
   methods.check(c.method, settings(c))
   periods_of(c, clock_of(c, 1))
   for name in PHASES:  # whether a warm-up fits, only the data can tell
@@ -229,15 +232,17 @@ def make_training(c: Config) -> Training:
   Raises:
     UserError: a section does not fit, or data is missing or damaged.
   """
-  mesh, dataset = make_mesh(c.num_devices), data_lib.make(**c.data)
+  mesh, dataset = make_mesh(c.mesh), data_lib.make(**c.data)
   facts = Facts.of(dataset)
   model = make_model(c, facts)
   layers = nn.layers(model, facts.example)
-  n = _steps_per_epoch(c, len(dataset.train), mesh.size)
+  n = _steps_per_epoch(c, len(dataset.train), batch_devices(mesh))
   clock = clock_of(c, n)
   _schedule(c, clock)  # tells a warm-up that does not fit
   shapes = jax.eval_shape(model.init, jax.random.key(0), facts.example)
   dense = count_cost(layers, shapes["params"])
+  placement = Placement(mesh, layers, c.placement)
+  placement.check(shapes["params"])
   random = functools.partial(start.random, c.seed, model, facts.example)
   method = methods.bind(
     c.method,
@@ -280,7 +285,7 @@ def make_training(c: Config) -> Training:
       lam=method.lams[phase],
       penalty=method.penalty,
       full_pass=full_pass(phase),
-      mesh=mesh,
+      placement=placement,
       level=level,
     )
     return make_dispatch(step, steps)
@@ -292,6 +297,7 @@ def make_training(c: Config) -> Training:
 
   return Training(
     mesh=mesh,
+    placement=placement,
     dataset=dataset,
     facts=facts,
     model=model,
@@ -357,9 +363,14 @@ def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
   if c.batch_size % devices:
     raise ConfigError(
       f"config.batch_size: {c.batch_size} cannot be split over {devices}"
-      " devices; change it or config.num_devices"
+      f" devices; {_nearest(c.batch_size, devices)} can, or change config.mesh"
     )
   return n // c.batch_size
+
+
+def _nearest(size: int, devices: int) -> int:
+  """The multiple of a number of devices that is nearest to a batch size."""
+  return max(round(size / devices), 1) * devices
 
 
 def _dispatch_size(steps_per_epoch: int) -> int:

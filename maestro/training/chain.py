@@ -6,7 +6,6 @@ import jax
 
 from maestro import lowrank
 from maestro.methods.nested import Nested, options_of
-from maestro.parallel.mesh import replicate
 from maestro.training import levels, optim
 from maestro.training.build import Run, Training
 from maestro.training.results import Ledger
@@ -30,7 +29,7 @@ def enter(
     opt_state=optim.restart(tx, params, state.step),
     levels=made,
   )
-  return replicate(state, t.mesh)
+  return t.placement.put(state, params)
 
 
 def evaluate(
@@ -45,10 +44,9 @@ def evaluate(
     names[1:], levels.split(state.levels)[1:], strict=True
   ):
     ledger.compiles(f"evaluate levels, {form_of(state.params)}")
-    values = t.evaluate(
-      replicate(levels.variables(state.params, ranks, stats), t.mesh),
-      t.dataset.val,
-    )
+    variables = levels.variables(state.params, ranks, stats)
+    variables = t.placement.put(variables, state.params)
+    values = t.evaluate(variables, t.dataset.val)
     record |= {f"val/{key}@{name}": value for key, value in values.items()}
   return record
 
@@ -60,7 +58,7 @@ def rows(
 
   def score(variables):
     ledger.compiles(f"evaluate, {form_of(variables['params'])}")
-    variables = replicate(variables, t.mesh)
+    variables = t.placement.put(variables, variables["params"])
     return {
       "val": t.evaluate(variables, t.dataset.val),
       "test": t.evaluate(variables, t.dataset.test),

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from maestro.lowrank import Rule
 from maestro.methods import controllers
 from maestro.methods.table import Method, parse_method
+from maestro.parallel import rules as placements
+from maestro.parallel.mesh import MeshShape
 from maestro.schema import (
   ConfigError,
   Count,
@@ -131,7 +133,9 @@ class Config:
     log_every: the same in any unit, in place of log_every_steps.
     steps_per_dispatch: steps per call of the device; None is 1 on CPUs, and up
       to 16 on accelerators.
-    num_devices: devices to split the batch over; None is all.
+    mesh: how many devices share the batch and the parameters.
+    placement: where parameters lie on the mesh, by path; the first rule that
+      matches holds, and where none does, the defaults of `parallel.rules`.
   """
 
   model: Mapping
@@ -158,7 +162,8 @@ class Config:
   log_every_steps: Count | None = None
   log_every: str | None = None
   steps_per_dispatch: Count | None = None
-  num_devices: Count | None = None
+  mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+  placement: tuple[placements.Rule, ...] = ()
 
 
 def parse(config: Mapping[str, Any]) -> Config:
@@ -171,11 +176,15 @@ def parse(config: Mapping[str, Any]) -> Config:
     raise ConfigError(
       f"config: a {type(config).__name__}, expected a mapping of sections"
     )
+  config = dict(config)
+  devices = config.pop("num_devices", None)  # of runs before there were meshes
+  if devices is not None:
+    config["mesh"] = {"data": devices}
   method = parse_method(config.get("method", "maestro"))
   budget = config.get("budget")
   if budget is not None and method.decompose is not None:  # dense has none
     method = dataclasses.replace(method, budget=budget)
-  c = Config(**bind(Config, dict(config) | {"method": method}, "config"))
+  c = Config(**bind(Config, config | {"method": method}, "config"))
   clock_of(c, 1)  # whatever an epoch is, no training stays none
   if c.full_pass and c.full_pass.distill and c.loss != "cross_entropy":
     raise ConfigError(

@@ -93,7 +93,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     if state.ranks:
       ranks = state.ranks
       nn.check_ranks(t.model, variables_of(state), ranks, t.facts.example)
-    state = replicate(state, t.mesh)
+    state = t.placement.put(state, state.params)
     train_split = t.dataset.train
     arrays = {"inputs": train_split.inputs, "targets": train_split.targets}
     arrays = replicate(arrays, t.mesh)
@@ -212,7 +212,7 @@ def evaluate_workdir(
   """
   run = build.open_run(workdir, data_dir=data_dir)
   c, dataset = run.config, data_lib.make(**run.config.data)
-  mesh = make_mesh(c.num_devices)
+  mesh = make_mesh(c.mesh)
   variables = {"params": lowrank.extract(run.params, run.ranks, run.layers)}
   size = count_cost(run.layers, variables["params"])
   if run.batch_stats:
@@ -314,14 +314,15 @@ def _decompose(t: Training, state: TrainState, ledger: Ledger) -> TrainState:
   opt_state = optim.restart(tx, params, state.step)
   ledger.ranks = plain_ranks(ranks)
   state = state.replace(params=params, ranks=ranks, opt_state=opt_state)
-  return replicate(state, t.mesh)
+  return t.placement.put(state, params)
 
 
 def _cut(
   t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
 ) -> TrainState:
   _, tx = t.optimizer(ledger.discover_steps)
-  return replicate(truncate_state(tx, state, truncate.multiple_of), t.mesh)
+  state = truncate_state(tx, state, truncate.multiple_of)
+  return t.placement.put(state, state.params)
 
 
 def _shrink(
@@ -331,6 +332,7 @@ def _shrink(
   if not (state.ranks and t.method.shrink):
     return state
   state = shrink_state(state, t.method.shrink)
+  state = t.placement.put(state, state.params)
   if _worth_cutting(t, ledger, state, truncate):
     return _cut(t, state, ledger, truncate)
   return state

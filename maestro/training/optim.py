@@ -280,12 +280,13 @@ class _Common:
 def _decayed(pattern: re.Pattern, params: trees.Tree) -> Any:
   """Tells for each parameter whether it decays."""
   found = jax.tree_util.tree_map_with_path(
-    lambda path, _: bool(pattern.fullmatch("/".join(_names(path)))), params
+    lambda path, _: bool(pattern.fullmatch("/".join(trees.names_of(path)))),
+    params,
   )
   if not any(jax.tree.leaves(found)):
     raise ConfigError(
       f"config.optimizer.decay_paths: {pattern.pattern!r} matches none of the"
-      f" parameters, such as {'/'.join(_names(_first_path(params)))!r}"
+      f" parameters, such as {'/'.join(trees.names_of(_first_path(params)))!r}"
     )
   return found
 
@@ -330,14 +331,6 @@ _REFUSED = {
 }
 
 
-def _names(path) -> tuple[str, ...]:
-  """Turns a key path into names; fields and dictionary keys alike."""
-  return tuple(
-    str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
-    for k in path
-  )
-
-
 def _refuse(state: Any) -> None:
   def visit(node):
     name = type(node).__name__
@@ -362,35 +355,17 @@ def _refuse(state: Any) -> None:
 
 
 def _map_factors(state: Any, params: trees.Tree, ranks: trees.Tree, edit):
-  """Applies edit(leaf, "u" or "v", rank) where a leaf mirrors a factor.
-
-  A leaf mirrors a parameter if its path ends in the parameter's path and it
-  has its shape; of several such parameters the one with the longest path.
-  Fields and indices of the state's own classes are no part of it: `mu` of Adam
-  is another thing than a module of that name.
-  """
-  shapes = {
-    _names(path): jnp.shape(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-  factors: dict[tuple[str, ...], Any] = {
-    (*(layer.split("/") if layer else ()), name): rank
+  """Applies edit(leaf, "u" or "v", rank) where a leaf mirrors a factor."""
+  factors = {
+    f"{layer}/{name}" if layer else name: (name, rank)
     for layer, rank in trees.flatten_ranks(ranks).items()
     for name in ("u", "v")
   }
-
-  def visit(path, leaf):
-    own = [i for i, k in enumerate(path) if not hasattr(k, "key")]
-    names = _names(path[own[-1] + 1 if own else 0 :])
-    for start in range(len(names)):
-      suffix = names[start:]
-      if shapes.get(suffix) == jnp.shape(leaf):
-        if suffix in factors:
-          return edit(leaf, suffix[-1], factors[suffix])
-        return leaf
-    return leaf
-
-  return jax.tree_util.tree_map_with_path(visit, state)
+  return trees.map_mirrored(
+    state,
+    params,
+    lambda leaf, path: edit(leaf, *factors[path]) if path in factors else leaf,
+  )
 
 
 def mask(state: Any, params: trees.Tree, ranks: trees.Tree) -> Any:
@@ -444,7 +419,7 @@ def truncate(
   for (path, leaf), want in zip(found, wanted, strict=True):
     if jnp.shape(leaf) != want.shape:
       raise OptimizerError(
-        f"optimizer state {'/'.join(_names(path))!r} has shape"
+        f"optimizer state {'/'.join(trees.names_of(path))!r} has shape"
         f" {jnp.shape(leaf)}, but {want.shape} fits the truncated parameters:"
         " this optimizer's state does not mirror them; use sgd, adam, adamw or"
         " lion"

@@ -31,7 +31,6 @@ from maestro.methods.proposals import (
   series,
 )
 from maestro.methods.race import Options, Race, Score, limit_of
-from maestro.parallel.mesh import replicate
 from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Writer
 from maestro.training import optim
@@ -333,7 +332,7 @@ def _candidate(
     opt_state=optim.restart(tx, params, state.step),
   )
   # Steps donate their state: what candidates share is copied.
-  made = replicate(jax.tree.map(jnp.copy, made), t.mesh)
+  made = t.placement.put(jax.tree.map(jnp.copy, made), params)
   own = dataclasses.replace(
     ledger, macs=0, examples=0, sums={}, train_seconds=0.0
   )
@@ -348,7 +347,8 @@ def _cut_together(
   union = _union([c.proposal for c in candidates])
   shape = jax.device_get(_rank_tree(t, union))
   for c in candidates:
-    c.state = replicate(_cut(tx, c.state, shape), t.mesh)
+    state = _cut(tx, c.state, shape)
+    c.state = t.placement.put(state, state.params)
 
 
 def _cut(tx: Any, state: TrainState, shape: Any) -> TrainState:
@@ -371,7 +371,7 @@ def _won(t: Training, winner: Candidate, track: _Track) -> TrainState:
   _, tx = t.optimizer(ledger.discover_steps)
   state = _cut(tx, winner.state, jax.device_get(winner.state.ranks))
   ledger.ranks = plain_ranks(state.ranks)
-  return replicate(state, t.mesh)
+  return t.placement.put(state, state.params)
 
 
 # ---------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def run_round(
       size = (method.project_every or 1) * float(schedule(step - 1))
       size *= method.project_lams[name]
       params = method.project(state.params, size)
-      state = state.replace(params=replicate(params, t.mesh))
+      state = state.replace(params=t.placement.put(params, params))
     # One dispatch late, so that the device never waits for the host.
     if unread is not None:
       loss = read(*unread)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from maestro import lowrank
-from maestro.parallel.mesh import Mesh, split_batch
+from maestro.parallel.mesh import split_batch
+from maestro.parallel.rules import Placement
 from maestro.training import losses
 from maestro.training.config import FullPass
 from maestro.training.levels import Level
@@ -29,7 +30,7 @@ def make_step(
   lam: float,
   penalty: Callable[[Any, Any], jax.Array] | None,
   full_pass: FullPass | None,
-  mesh: Mesh,
+  placement: Placement,
   level: Level | None = None,
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Returns step(state, data) -> (state, loss of this step).
@@ -45,6 +46,9 @@ def make_step(
   are shapes: what lies beyond costs nothing and has no gradient. The statistics
   are the level's own; those of the whole network are the largest level's. With
   a full pass that one is trained in every step, and teaches the level.
+
+  Parameters, and what the optimizer holds of them, stay where `placement` has
+  them; the batch is split over its mesh.
 
   Where a controller moves the weight of the optimizer's proximal step, the
   state holds it.
@@ -74,7 +78,8 @@ def make_step(
     key_rank, key_image, key_dropout = jax.random.split(key, 3)
     start = (state.step % steps_per_epoch) * batch_size
     batch = jax.lax.dynamic_slice_in_dim(data["order"], start, batch_size)
-    x, y = split_batch((data["inputs"][batch], data["targets"][batch]), mesh)
+    x, y = data["inputs"][batch], data["targets"][batch]
+    x, y = split_batch((x, y), placement.mesh)
     x = preprocess(x, key_image)
     sampled = sampler(key_rank, state.ranks)
 
@@ -84,15 +89,18 @@ def make_step(
       own = level.statistics(state) if own else own
 
     def objective(params):
-      part = params if level is None else lowrank.truncate(params, live)
-      out, stats = apply(part, sampled, own, x, key_dropout)
+      full = placement.gathered(params)
+      part, used = params, full
+      if level is not None:
+        part, used = (lowrank.truncate(tree, live) for tree in (part, used))
+      out, stats = apply(used, sampled, own, x, key_dropout)
       whole = stats
       task = jnp.mean(example_loss(out, y))
       if full_pass is not None:
         # The full network owns the statistics and teaches the sampled one; a
         # level has its own, too.
         ranks = state.ranks if level is None else {}
-        teacher, whole = apply(params, ranks, state.batch_stats, x, key_dropout)
+        teacher, whole = apply(full, ranks, state.batch_stats, x, key_dropout)
         soft = 0.0
         if full_pass.distill:
           soft = jnp.mean(
@@ -109,6 +117,7 @@ def make_step(
 
     grad = jax.value_and_grad(objective, has_aux=True)
     (total, (stats, whole, sums)), grads = grad(state.params)
+    grads = placement.constrain(grads, state.params)
     weight = {"lam": state.controls["lam"]} if state.controls else {}
     updates, opt_state = optax.with_extra_args_support(tx).update(
       grads, state.opt_state, state.params, **weight
@@ -121,10 +130,12 @@ def make_step(
       metrics={k: state.metrics[k] + sums[k] for k in state.metrics},
     )
     if level is None or not state.batch_stats:
-      return new.replace(batch_stats=whole), total
-    if full_pass is not None:
-      new = Level(0, {}).with_statistics(new, whole)
-    return level.with_statistics(new, stats), total
+      new = new.replace(batch_stats=whole)
+    else:
+      if full_pass is not None:
+        new = Level(0, {}).with_statistics(new, whole)
+      new = level.with_statistics(new, stats)
+    return placement.constrain(new, new.params), total
 
   return step
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maestro.data import augment, image
-from maestro.parallel.mesh import make_mesh
+from maestro.parallel.mesh import MeshShape, make_mesh
 
 KEY = jax.random.key(7)
 
@@ -107,7 +107,7 @@ def test_the_key_decides_and_jit_changes_nothing():
 
 
 def test_a_split_batch_is_cropped_without_communication():
-  mesh = make_mesh(4)
+  mesh = make_mesh(MeshShape(data=4))
   split = NamedSharding(mesh, PartitionSpec("data"))
   images = jax.device_put(pixels(8), split)
 

@@ -20,7 +20,7 @@ from maestro import export as export_command
 from maestro import introspect, lowrank, nn, trees
 from maestro.deploy import artifact, export, packing, stablehlo
 from maestro.errors import UserError
-from maestro.parallel.mesh import make_mesh
+from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.training import build, config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -389,7 +389,7 @@ def test_statistics_are_computed_anew_for_each_size(normed, digits, tmp_path):
     > 0.05
   )
   evaluate = build.make_evaluator(
-    normed.config, normed.model, digits, make_mesh(1)
+    normed.config, normed.model, digits, make_mesh(MeshShape(data=1))
   )
   for profile in config["profiles"]:
     metrics = evaluate(found[profile["name"]], digits.test)

@@ -32,7 +32,7 @@ def run(request, tmp_path_factory):
     "discover": PHASE | {"epochs": 1},
     "settle": PHASE | {"epochs": 2},
     "batch_norm_examples": 128,
-    "num_devices": 1,
+    "mesh": {"data": 1},
   }
   workdir = tmp_path_factory.mktemp("run")
   with pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     "method": {"name": "svd", "ranks": {"name": "full"}},
     "discover": PHASE | {"epochs": 8},
     "settle": PHASE | {"epochs": 0},
-    "num_devices": 1,
+    "mesh": {"data": 1},
   }
   workdir = tmp_path_factory.mktemp("run")
   with pytest.MonkeyPatch.context() as patch:

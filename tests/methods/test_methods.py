@@ -56,7 +56,7 @@ BASE = {
     "schedule": {"name": "constant", "learning_rate": 0.05},
   },
   "checkpoint": {"keep": 9},
-  "num_devices": 1,
+  "mesh": {"data": 1},
 }
 SHAPES = {"fc1": (64, 16), "fc2": (16, 10)}
 
@@ -217,7 +217,7 @@ def test_eight_devices_do_as_one(name, tmp_path):
     method = {"name": name}
     method |= {} if name == "nested" else {"budget": "macs:0.5"}
     found.append(
-      train.train(config(method, num_devices=devices), workdir)["final"]
+      train.train(config(method, mesh={"data": devices}), workdir)["final"]
     )
   assert found[0]["macs"] == pytest.approx(found[1]["macs"], rel=0.1)
   ours, theirs = (f["metrics"]["loss"] for f in found)

@@ -23,7 +23,7 @@ CONFIG = {
   "settle": PHASE,
   "optimizer": {"name": "sgd"},
   "batch_size": 128,
-  "num_devices": 1,
+  "mesh": {"data": 1},
 }
 CLOCK = ("wall_seconds", "examples_per_second", "git")
 

@@ -9,7 +9,7 @@ import pytest
 from maestro import introspect, lowrank, nn
 from maestro.data import Split, choice
 from maestro.lowrank import Rule
-from maestro.parallel.mesh import make_mesh
+from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.training.batch_norm import make_recalibrate
 
 
@@ -42,7 +42,7 @@ def recalibrator(model, *, examples=None, batch_size=8, preprocess=identity):
     preprocess=preprocess,
     batch_size=batch_size,
     examples=examples,
-    mesh=make_mesh(1),
+    mesh=make_mesh(MeshShape(data=1)),
   )
 
 

@@ -49,7 +49,7 @@ BASE = {
   },
   "truncate": {"min_saving": 0.1, "max_compilations": 8, "multiple_of": 2},
   "checkpoint": {"every_epochs": 1, "keep": 1},
-  "num_devices": 1,
+  "mesh": {"data": 1},
 }
 SHORT = {"discover.epochs": 1, "settle.epochs": 1}
 
@@ -543,8 +543,8 @@ BAD = {
     {"rules": [{"path": "fc1", "rank": 17}]},
     "fc1.*17.*outside.*16",
   ),
-  "devices": ({"num_devices": 99}, "config.num_devices.*99"),
-  "split": ({"num_devices": 3}, "config.batch_size.*128.*3"),
+  "devices": ({"mesh": {"data": 99}}, "config.mesh.*99"),
+  "split": ({"mesh": {"data": 3}}, "config.batch_size.*128.*3"),
   "lasso": ({"lasso": "ridge"}, "config.lasso.*flat"),
   "method": ({"method": "denes"}, "config.method.*dense"),
 }
@@ -735,7 +735,7 @@ OPTIONS = {
     "optimizer": {"name": "adam", "clip_norm": 0.1},
   },
   "bfloat16_no_discover": {"model.dtype": "bfloat16", "discover.epochs": 0},
-  "all_devices": {"num_devices": 8},
+  "all_devices": {"mesh": {"data": 8}},
 }
 
 

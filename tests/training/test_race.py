@@ -32,7 +32,7 @@ BASE = {
     "schedule": {"name": "constant", "learning_rate": 0.05},
   },
   "checkpoint": {"keep": 9},
-  "num_devices": 1,
+  "mesh": {"data": 1},
 }
 
 

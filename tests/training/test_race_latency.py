@@ -38,7 +38,7 @@ BASE = {
     "schedule": {"name": "constant", "learning_rate": 0.05},
   },
   "checkpoint": {"keep": 9},
-  "num_devices": 1,
+  "mesh": {"data": 1},
 }
 NUMBERS = 64 * 48 + 48 * 32 + 32 * 10
 
@@ -316,7 +316,7 @@ def test_reports_name_the_budget(tmp_path, monkeypatch):
 def test_a_real_clock(tmp_path):
   """Says nothing of how fast anything is."""
   method = {"name": "race", "race": {"latency_repeats": 1}}
-  c = config(method=method, budget="latency_ms:1000", num_devices=2)
+  c = config(method=method, budget="latency_ms:1000", mesh={"data": 2})
   found = loop.train(c, tmp_path)["race"]["latency"]
   times = found["dense_ms"], found["measured_ms"], found["predicted_ms"]
   assert all(math.isfinite(ms) and ms > 0 for ms in times)

@@ -21,7 +21,8 @@ from maestro import sampling, streams
 from maestro.lowrank import Rule
 from maestro.methods import decomposers
 from maestro.models.mlp import MLP
-from maestro.parallel.mesh import make_mesh
+from maestro.parallel.mesh import MeshShape, make_mesh
+from maestro.parallel.rules import Placement
 from maestro.report import figures
 from maestro.runs import checkpoint, metrics
 from maestro.training import build, loop, losses, state, step
@@ -48,7 +49,7 @@ CONFIG = {
   },
   "truncate": {"min_saving": 1.0},
   "checkpoint": {"every_epochs": 1, "keep": 9},
-  "num_devices": 1,
+  "mesh": {"data": 1},
 }
 
 
@@ -300,7 +301,7 @@ def test_a_step_draws_ranks_images_and_dropout_from_keys_of_their_own():
     lam=0.0,
     penalty=None,
     full_pass=None,
-    mesh=make_mesh(1),
+    placement=Placement(make_mesh(MeshShape(data=1)), {}),
   )
   found = []
   now = start

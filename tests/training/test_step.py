@@ -17,7 +17,8 @@ from maestro.data import Split
 from maestro.errors import UserError
 from maestro.lowrank import Rule
 from maestro.models.mlp import MLP
-from maestro.parallel.mesh import make_mesh, replicate
+from maestro.parallel.mesh import MeshShape, make_mesh, replicate
+from maestro.parallel.rules import Placement
 from maestro.training import losses
 from maestro.training.config import FullPass, parse
 from maestro.training.evaluate import make_evaluate
@@ -63,7 +64,7 @@ def run(
 ):
   """Returns (state, losses) after some steps."""
   x, y, params = problem()
-  mesh = make_mesh(devices)
+  mesh = make_mesh(MeshShape(data=devices))
   defaults = {"lam": 0.01, "penalty": lowrank.group_lasso, "full_pass": None}
   step = make_step(
     MODEL,
@@ -73,7 +74,7 @@ def run(
     sampler=sampler,
     batch_size=BATCH,
     steps_per_epoch=SIZE // BATCH,
-    mesh=mesh,
+    placement=Placement(mesh, {}),
     **defaults | options,
   )
   state = TrainState(
@@ -168,8 +169,8 @@ def test_several_steps_of_one_dispatch_are_the_steps_of_several(close):
 
 
 def test_a_batch_that_does_not_exist_of_devices_is_refused():
-  with pytest.raises(UserError, match=r"config.num_devices: 9.*there are 8"):
-    make_mesh(9)
+  with pytest.raises(UserError, match=r"config.mesh: data=9.*there are 8"):
+    make_mesh(MeshShape(data=9))
 
 
 # ---------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_a_batch_that_does_not_exist_of_devices_is_refused():
 def test_evaluation_with_a_ragged_last_batch_is_the_plain_mean(devices):
   x, y, params = problem()
   x, y = x[:37], y[:37]
-  mesh = make_mesh(devices)
+  mesh = make_mesh(MeshShape(data=devices))
   evaluate = make_evaluate(
     MODEL,
     loss="cross_entropy",
@@ -208,7 +209,7 @@ def test_padding_that_overflows_does_not_reach_the_mean():
     loss="cross_entropy",
     preprocess=lambda x, key=None: jnp.where(jnp.isinf(x), 0.0, x),
     batch_size=8,
-    mesh=make_mesh(1),
+    mesh=make_mesh(MeshShape(data=1)),
   )
   assert np.isfinite(evaluate({"params": params}, Split(x, y[:5]))["loss"])
 
@@ -289,7 +290,7 @@ def test_the_steps_of_an_epoch_see_every_example_once():
     lam=0.0,
     penalty=None,
     full_pass=None,
-    mesh=make_mesh(1),
+    placement=Placement(make_mesh(MeshShape(data=1)), {}),
   )
   params = {"w": jnp.zeros(()), "seen": jnp.zeros(SIZE)}
   state = TrainState(
