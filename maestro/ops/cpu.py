@@ -129,7 +129,7 @@ class _How(NamedTuple):
   """What a convolution does, an entry per spatial axis."""
 
   strides: tuple[int, ...]
-  padding: tuple[tuple[int, int], ...]
+  padding: tuple[tuple[int, ...], ...]  # (low, high) each
   dilation: tuple[int, ...]
   precision: Any
 

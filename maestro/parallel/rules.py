@@ -60,7 +60,8 @@ class Placement:
   @property
   def trivial(self) -> bool:
     """Whether everything is on every device."""
-    return self.mesh.shape["fsdp"] == self.mesh.shape["model"] == 1
+    alone = self.mesh.shape["fsdp"] == self.mesh.shape["model"] == 1
+    return self.mesh.size == 1 or (alone and not self.rules)
 
   def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
     """Returns the mesh axes of the parameter at a path."""
@@ -115,17 +116,17 @@ class Placement:
     return jax.lax.with_sharding_constraint(tree, self.shardings(tree, params))
 
   def gathered(self, params: Tree) -> Any:
-    """Gathers what is split over "fsdp", within jit, for a forward pass.
+    """Gathers what is split as the batch is, within jit, for a forward pass.
 
     What a device then sends are parameters, once, and their gradients: the
     compiler would else be free to split the activations instead.
     """
-    if self.mesh.shape["fsdp"] == 1:
+    if self.trivial:
       return params
 
     def whole(sharding):
       axes = [
-        tuple(n for n in _names(axis) if n != "fsdp") or None
+        tuple(n for n in _names(axis) if n not in BATCH) or None
         for axis in sharding.spec
       ]
       return NamedSharding(self.mesh, PartitionSpec(*axes))
@@ -216,4 +217,5 @@ def _sides(name: str, spec: LayerSpec, shape: tuple[int, ...]) -> range:
   first = len(spec.stack) if spec.kind == "conv" else n_lead
   middle = last - len(spec.outputs)
   inputs, outputs = range(first, middle), range(middle, last)
-  return outputs if spec.n_out >= spec.n_in else inputs
+  n_in = spec.inputs[-1] if spec.kind == "conv" else spec.n_in
+  return outputs if spec.n_out >= n_in else inputs

@@ -82,6 +82,9 @@ def test_a_chain_of_factored_layers_has_its_features_on_model():
   assert placement.spec("heads/v", (16, 4, 8)) == P(None, None, "model")
   assert placement.spec("dense/kernel", (24, 16)) == P("model", None)
   assert placement.spec("stacked/kernel", (8, 16, 40)) == P(None, None, "model")
+  assert placement.spec("conv/kernel", (3, 3, 8, 16)) == P(
+    None, None, None, "model"
+  )
   assert placement.spec("norm/scale", (16,)) == P(None)
 
 
@@ -95,6 +98,13 @@ def test_small_parameters_are_whole_on_every_device(capsys):
     assert placement.spec("odd/u", (77, 50)) == P(None, None)
   out = capsys.readouterr().out
   assert out.count("odd/u") == 1 and "by 8 over 'fsdp'" in out
+
+
+def test_rules_hold_where_only_the_batch_is_split_too():
+  mesh, rules = make_mesh(MeshShape(data=8)), (Rule("dense/u", ("data",)),)
+  placement = Placement(mesh, LAYERS, rules)
+  assert placement.spec("dense/u", (24, 16)) == P("data")
+  assert placement.spec("conv/u", (3, 3, 8, 16)) == P(None, None, None, None)
 
 
 def test_the_first_rule_that_matches_holds(capsys):
