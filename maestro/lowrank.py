@@ -170,7 +170,7 @@ def decompose(
     # gradients, for ever: u starts at random instead, which changes nothing.
     size = max(spec.n_in, spec.n_out) * jnp.finfo(s.dtype).eps
     dead = (s <= size * s[..., :1])[..., :rank]
-    root = jnp.sqrt(s[..., :rank])
+    root = jnp.sqrt(s[..., :rank]).astype(left.dtype)
     u = jnp.where(
       dead[..., None, :],
       fresh(path, (*spec.lead, spec.n_in, rank), left.dtype),

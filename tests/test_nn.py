@@ -203,6 +203,7 @@ PRECISE = {"precision": "highest"}
 NO_BIAS = {"use_bias": False}
 
 
+@pytest.mark.mixed_types
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("options", [HALF, HALF_PARAMS, PRECISE, NO_BIAS])
 @pytest.mark.parametrize(
@@ -256,6 +257,7 @@ def test_precision_reaches_both_products(case):
   assert all("HIGHEST" in str(p) for p in products)
 
 
+@pytest.mark.mixed_types
 @pytest.mark.parametrize("level", LEVELS)
 def test_conv_mask_applies_to_the_product(level, close):
   x = jnp.cos(jnp.arange(96.0)).reshape(2, 4, 4, 3)
