@@ -147,7 +147,8 @@ class Placement:
     for path, spec in self.layers.items():
       if spec.kind != "other":
         u, v = spec.factor_shapes(1)
-        paths |= {f"{path}/u": len(u), f"{path}/v": len(v)}
+        inside = f"{path}/" if path else ""
+        paths |= {f"{inside}u": len(u), f"{inside}v": len(v)}
     for i, rule in enumerate(self.rules):
       where = f"config.placement[{i}]"
       try:

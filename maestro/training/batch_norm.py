@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from maestro import introspect as nn
 from maestro import streams
 from maestro.data import Split, choice
-from maestro.parallel.mesh import Mesh, split_batch
+from maestro.parallel.mesh import Mesh, batch_devices, split_batch
 
 
 def make_recalibrate(
@@ -40,7 +40,7 @@ def make_recalibrate(
     preprocess: as of a `maestro.data.Dataset`.
     batch_size: examples a batch; the last one may be smaller.
     examples: how many are used; None for the whole split. As many as are a
-      multiple of the number of devices.
+      multiple of the number of devices that split a batch.
     mesh: devices over which a batch is split.
   """
 
@@ -65,7 +65,8 @@ def make_recalibrate(
     n = len(split) if examples is None else min(examples, len(split))
     order = choice(0, len(split))
     stats = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-    n = max(n // mesh.size, 1) * mesh.size
+    parts = batch_devices(mesh)
+    n = max(n // parts, 1) * parts
     for k, start in enumerate(range(0, n, batch_size)):
       batch = order[start : min(start + batch_size, n)]
       x = split.inputs[batch]

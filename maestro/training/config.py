@@ -179,6 +179,10 @@ def parse(config: Mapping[str, Any]) -> Config:
   config = dict(config)
   devices = config.pop("num_devices", None)  # of runs before there were meshes
   if devices is not None:
+    if "mesh" in config:
+      raise ConfigError(
+        "config.num_devices: config.mesh says the same; leave num_devices out"
+      )
     config["mesh"] = {"data": devices}
   method = parse_method(config.get("method", "maestro"))
   budget = config.get("budget")

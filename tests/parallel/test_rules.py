@@ -144,6 +144,15 @@ def test_rules_that_mean_nothing_are_refused(rule, told):
   Placement(make_mesh(MeshShape()), LAYERS, (Rule("dense/u"),)).check(params)
 
 
+def test_rules_match_a_layer_that_is_the_whole_model():
+  layers, params = {"": LAYERS["dense"]}, {"kernel": jnp.zeros((24, 16))}
+  rules = (Rule("u", ("fsdp",)),)
+  placement = Placement(make_mesh(MeshShape(fsdp=8)), layers, rules, 1)
+  placement.check(params)
+  assert placement.spec("u", (24, 16)) == P("fsdp")
+  assert placement.spec("v", (16, 16)) == P(None, "fsdp")
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "lion"])
 def test_what_an_optimizer_holds_lies_with_its_parameter(name):
   make = {"sgd": lambda r: optax.sgd(r, momentum=0.9)}.get(

@@ -190,3 +190,10 @@ def test_rules_are_parsed_in_order():
 def test_a_bad_rule_is_named_by_its_index(section, key):
   with pytest.raises(ConfigError, match=rf"config.rules\[1\].{key}"):
     parse(MINIMAL | {"rules": [{"path": "a"}, section]})
+
+
+def test_devices_of_older_runs_are_a_mesh_and_not_both():
+  old = MINIMAL | {"num_devices": 3}
+  assert parse(old).mesh.data == 3
+  with pytest.raises(ConfigError, match=r"config\.num_devices: config\.mesh"):
+    parse(old | {"mesh": {"data": 2}})
