@@ -32,10 +32,10 @@ import matplotlib.ticker
 from absl import flags
 
 from maestro import cli
-from maestro.errors import Interrupted, UserError
+from maestro.errors import EXIT_TERMINATED, Interrupted, UserError
 from maestro.report import style
 from maestro.report import tables as report
-from maestro.runs import metrics, stop
+from maestro.runs import metrics
 
 CONFIGS = {"resnet": "configs/resnet_od.py", "vgg": "configs/vgg_od.py"}
 RUNS = pathlib.Path("runs/experiments")
@@ -230,7 +230,7 @@ def _train(workdir: pathlib.Path, changes: list[str], clock: Clock) -> None:
   with (workdir / "log.txt").open("a") as log:
     overrides = [word for word in changes if word.startswith("--")]
     code = clock.call([*command, *overrides], log, env)
-  if code in (stop.EXIT_TERMINATED, -signal.SIGTERM):
+  if code in (EXIT_TERMINATED, -signal.SIGTERM):
     raise Interrupted(f"{workdir.name} is not finished")
   if code:
     raise UserError(f"{workdir} ended with code {code}; see its log.txt")

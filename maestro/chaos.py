@@ -8,6 +8,7 @@ machine, a file system and a config can be trusted with a long run.
 
   python -m maestro.chaos --config=configs/digits_od.py:smoke
   python -m maestro.chaos --config=configs/lenet_od.py:smoke --kills=10 --seed=1
+  python -m maestro.chaos --config=configs/digits_od.py:smoke --processes=2
 
 Disturbances, in random order:
 
@@ -19,6 +20,9 @@ Disturbances, in random order:
   truncate   SIGKILL, then a file of the newest checkpoint loses its end
   flip       SIGKILL, then one bit of the newest checkpoint flips
 
+A run may have several processes, on this machine: one of them, chosen at
+random, is disturbed, and the others must end with it.
+
 After each the same command starts again; a run that finishes is compared, and
 another one begins until --kills disturbances have been made. Prints a table;
 exit codes: 0 all equal, 1 something differs, 2 bad input. Runs go to --workdir
@@ -27,10 +31,12 @@ exit codes: 0 all equal, 1 something differs, 2 bad input. Runs go to --workdir
 
 import dataclasses
 import json
+import os
 import pathlib
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,7 +47,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from maestro import cli
-from maestro.errors import UserError
+from maestro.errors import (
+  EXIT_ERROR,
+  EXIT_LOST,
+  EXIT_TERMINATED,
+  UserError,
+)
 from maestro.main import default_workdir
 from maestro.report.tables import align
 from maestro.runs import checkpoint, metrics
@@ -58,6 +69,7 @@ flags.declare_key_flag("config")
 flags.declare_key_flag("workdir")
 flags.DEFINE_integer("kills", 20, "How many disturbances.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the choice and times of disturbances.")
+flags.DEFINE_integer("processes", 1, "Of each run, on CPUs.", lower_bound=1)
 
 
 @dataclasses.dataclass
@@ -69,7 +81,7 @@ class Event:
     run: which disturbed run, from 1.
     second: after the process began.
     step: the newest record of the run then.
-    code: exit code of the process, None if it was killed.
+    code: exit code of the process that was disturbed.
     seconds: that the process took to end.
     fault: what was wrong, "" if nothing.
   """
@@ -92,37 +104,87 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-class Process:
-  """The training command on one workdir, its output in a file."""
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """A training command, but for its --workdir.
+
+  Attributes:
+    words: of the command line.
+    processes: that run it together.
+  """
+
+  words: list[str]
+  processes: int = 1
+
+  def lines(self, workdir: pathlib.Path) -> list[list[str]]:
+    """The command line of each process, which meet at a port of their own."""
+    whole = [*self.words, f"--workdir={workdir}"]
+    if self.processes == 1:
+      return [whole]
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      where = f"127.0.0.1:{free.getsockname()[1]}"
+    whole += [f"--coordinator={where}", f"--num_processes={self.processes}"]
+    return [[*whole, f"--process_id={i}"] for i in range(self.processes)]
+
+
+class Run:
+  """The processes of a run on one workdir, their output in a file.
+
+  One of them is the `chosen` one, whose exit code is the run's.
+  """
 
   def __init__(
-    self, command: list[str], workdir: pathlib.Path, limit: int | None = None
+    self,
+    command: Command,
+    workdir: pathlib.Path,
+    limit: int | None = None,
+    chosen: int = 0,
   ):
     workdir.mkdir(parents=True, exist_ok=True)
     self._log = workdir / "log.txt"
     self._start = self._log.stat().st_size if self._log.exists() else 0
-
-    command = [*command, f"--workdir={workdir}"]
-    if limit is not None:
-      command = [sys.executable, "-c", _LIMITED, str(limit), *command]
+    limited = [sys.executable, "-c", _LIMITED, str(limit)]
+    limited = [] if limit is None else limited
+    one = command.processes == 1
+    env = os.environ if one else os.environ | {"JAX_PLATFORMS": "cpu"}
     # Through a pipe, so that a full disk does not silence the log.
     with self._log.open("ab") as log:
       self._tee = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
     self.began = time.monotonic()
-    self.popen = subprocess.Popen(
-      command, stdout=self._tee.stdin, stderr=subprocess.STDOUT
-    )
+    self._all = [
+      subprocess.Popen(
+        [*limited, *line],
+        env=env,
+        stdout=self._tee.stdin,
+        stderr=subprocess.STDOUT,
+      )
+      for line in command.lines(workdir)
+    ]
+    self.chosen = self._all[chosen]
     if self._tee.stdin is not None:
       self._tee.stdin.close()
 
   def wait(self, seconds: float) -> int | None:
-    """Returns the exit code; None if the process still runs."""
+    """Returns the exit code; None if any process still runs."""
+    until = time.monotonic() + seconds
     try:
-      code = self.popen.wait(seconds)
+      for popen in self._all:
+        popen.wait(max(until - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired:
       return None
     self._tee.wait()
-    return code
+    return self.chosen.returncode
+
+  @property
+  def others(self) -> set[int]:
+    """Exit codes of all but the chosen one."""
+    return {p.returncode for p in self._all if p is not self.chosen}
+
+  def kill(self) -> None:
+    """Kills them all."""
+    for popen in self._all:
+      popen.kill()
 
   @property
   def output(self) -> str:
@@ -142,7 +204,8 @@ def main(argv: list[str]) -> None:
   workdir = pathlib.Path(values.workdir or f"{default_workdir(name)}_chaos")
   if workdir.exists() and any(workdir.iterdir()):
     raise UserError(f"--workdir: {workdir} is not empty; choose another one")
-  command = [sys.executable, "-m", "maestro.main", *flags_of_config(sys.argv)]
+  words = [sys.executable, "-m", "maestro.main", *flags_of_config(sys.argv)]
+  command = Command(words, values.processes)
   events = disturb(command, workdir, values.kills, values.seed)
   print(f"\n{table(events)}\n")
   bad = [event for event in events if event.fault]
@@ -163,12 +226,12 @@ def flags_of_config(argv: list[str]) -> list[str]:
 
 
 def disturb(
-  command: list[str], workdir: pathlib.Path, kills: int, seed: int
+  command: Command, workdir: pathlib.Path, kills: int, seed: int
 ) -> list[Event]:
   """Runs a training command undisturbed, then disturbed; compares.
 
   Args:
-    command: that trains, but for --workdir.
+    command: that trains.
     workdir: where the runs go.
     kills: how many disturbances.
     seed: of their choice and times.
@@ -178,7 +241,7 @@ def disturb(
   """
   reference = workdir / "undisturbed"
   print("an undisturbed run ...", flush=True)
-  process = Process(command, reference)
+  process = Run(command, reference)
   if code := process.wait(1e6):
     raise UserError(
       f"the undisturbed run ended with code {code}; see {reference}/log.txt"
@@ -195,7 +258,7 @@ def disturb(
     own: list[Event] = []
     while not (place / "results.json").exists():
       if len(events) + len(own) == kills:
-        code = Process(command, place).wait(whole * 3 + _PATIENCE)
+        code = Run(command, place).wait(whole * 3 + _PATIENCE)
         if code != 0:
           own[-1].fault = own[-1].fault or f"then ended with code {code}"
           break
@@ -219,7 +282,7 @@ def disturb(
 
 def _disturb_once(
   kind: str,
-  command: list[str],
+  command: Command,
   place: pathlib.Path,
   run: int,
   whole: float,
@@ -230,7 +293,7 @@ def _disturb_once(
   limit = None
   if kind == "disk_full":
     limit = int(2 ** rng.uniform(8, 20))
-  process = Process(command, place, limit)
+  process = Run(command, place, limit, rng.randrange(command.processes))
   at = rng.uniform(0, whole * (1 - 0.7 * _step(place) / steps))
   code = process.wait(at)
   signalled, second = time.monotonic(), time.monotonic() - process.began
@@ -240,26 +303,29 @@ def _disturb_once(
     if kind in ("freeze", "intrude"):
       event.fault = _intrude(process, command, place, kind == "freeze")
     elif kind == "terminate":
-      process.popen.send_signal(signal.SIGTERM)
-      allowed.add(75)
+      process.chosen.send_signal(signal.SIGTERM)
+      allowed.add(EXIT_TERMINATED)
     elif kind != "disk_full":
-      process.popen.kill()
+      process.chosen.kill()
       allowed.add(-signal.SIGKILL)
     patience = 3 * whole if kind in ("freeze", "intrude", "disk_full") else 0.0
     code = process.wait(patience + _PATIENCE)
     event.seconds = time.monotonic() - signalled
     if code is None:
-      process.popen.kill()
+      process.kill()
       process.wait(_PATIENCE)
       event.fault = event.fault or "does not end"
       return event
   if kind == "disk_full":
-    allowed.add(2)
+    allowed.add(EXIT_ERROR)
   if code == 0 and event.code is None:
     event.seconds = 0.0  # it ran to its end
   event.code = code
   if code not in allowed:
     event.fault = event.fault or f"exit code {code}"
+  # Or by JAX's own abort, where it notices first that process 0 has gone.
+  if bad := process.others - {code, EXIT_LOST, -signal.SIGABRT}:
+    event.fault = event.fault or f"exit codes {bad} of other processes"
   if "Traceback" in process.output:
     event.fault = event.fault or "a traceback"
   unfinished = not (place / "results.json").exists()
@@ -269,19 +335,19 @@ def _disturb_once(
 
 
 def _intrude(
-  process: Process, command: list[str], place: pathlib.Path, freeze: bool
+  process: Run, command: Command, place: pathlib.Path, freeze: bool
 ) -> str:
-  """Starts a second process; returns what was wrong."""
+  """Starts a second run on the workdir; returns what was wrong."""
   if not (place / "lock").exists():
     return ""  # the first one has not begun: the second would be the first
   if freeze:
-    process.popen.send_signal(signal.SIGSTOP)
-  second = Process(command, place)
+    process.chosen.send_signal(signal.SIGSTOP)
+  second = Run(command, place)
   code = second.wait(_PATIENCE)
   if freeze:
-    process.popen.send_signal(signal.SIGCONT)
+    process.chosen.send_signal(signal.SIGCONT)
   if code is None:
-    second.popen.kill()
+    second.kill()
     return "a second process is not turned away"
   turned_away = code == 2 and "is in use by process" in second.output
   ended = code == 0 and process.wait(_PATIENCE) == 0  # after the first one

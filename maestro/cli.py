@@ -10,10 +10,15 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
-from maestro.errors import Interrupted, UserError
+from maestro.errors import (
+  EXIT_ERROR,
+  EXIT_INTERRUPTED,
+  EXIT_TERMINATED,
+  Interrupted,
+  UserError,
+)
 from maestro.runs import stop
 
-EXIT_ERROR = 2
 _FULL = (
   *(errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT),
   errno.ENAMETOOLONG,
@@ -91,8 +96,8 @@ def config_of(value: Any) -> dict:
 def run(main: Callable[[list[str]], None]) -> None:
   """Parses the flags, calls main(argv) and exits; never returns.
 
-  Exit codes: 0 done, 2 error of the user, 75 stopped by SIGTERM, 130 by Ctrl-C;
-  main may exit with others.
+  Exit codes: 0 done, 2 error of the user, 75 stopped by SIGTERM, 130 by Ctrl-C,
+  69 as another process of the run is lost; main may exit with others.
   """
   try:
     if "--help" in sys.argv[1:] or "--helpfull" in sys.argv[1:]:
@@ -103,10 +108,10 @@ def run(main: Callable[[list[str]], None]) -> None:
       sys.exit(main(_parse(sys.argv)))
   except Interrupted as interrupted:
     print(f"{interrupted}. Run the same command again to go on.")
-    sys.exit(stop.EXIT_TERMINATED)
+    sys.exit(EXIT_TERMINATED)
   except KeyboardInterrupt:
     print("\nstopped by Ctrl-C. Run the same command again to go on.")
-    sys.exit(stop.EXIT_INTERRUPTED)
+    sys.exit(EXIT_INTERRUPTED)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(EXIT_ERROR)

@@ -1,4 +1,9 @@
-"""The base of all errors that a user can cause and mend."""
+"""The base of all errors that a user can cause and mend; exit codes."""
+
+EXIT_ERROR = 2  # of the user
+EXIT_LOST = 69  # EX_UNAVAILABLE: another process of the run has gone
+EXIT_TERMINATED = 75  # EX_TEMPFAIL: run the same command again
+EXIT_INTERRUPTED = 130  # what shells say of Ctrl-C
 
 
 class UserError(ValueError):

@@ -14,6 +14,11 @@ saves the state and exits with code 75.
 Variants of a config follow a colon, separated by commas (:paper,smoke); any key
 of it can be set by --config.KEY=VALUE. The workdir gets config.json,
 metrics.jsonl, checkpoints/, tensorboard/, results.json and report/.
+
+On many hosts or GPUs, start it once for each process, by a launcher (see
+launch/README.md) or with --coordinator, --num_processes and --process_id; the
+workdir must be one that all share. SIGTERM to any of them saves and stops all;
+if one is lost, the rest end with code 69.
 """
 
 import json
@@ -41,6 +46,24 @@ _EVALUATE = flags.DEFINE_bool(
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", None, "Prepared data for --evaluate, if not in TFDS_DATA_DIR."
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0, for a run of many processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many processes the run has.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this one is, from 0.", lower_bound=0
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Let JAX find the other processes, as on a TPU pod."
+)
+_JOIN_TIMEOUT = flags.DEFINE_float(
+  "join_timeout", 1800.0, "Seconds until all processes must be there.", 1.0
+)
+_LOST_TIMEOUT = flags.DEFINE_float(
+  "lost_timeout", 60.0, "Seconds of silence that mean a lost process.", 1.0
+)
 
 
 def default_workdir(config: str) -> pathlib.Path:
@@ -52,9 +75,6 @@ def default_workdir(config: str) -> pathlib.Path:
 
 def main(argv: list[str]) -> None:
   """Trains, resumes or evaluates, as the flags say."""
-  # Imported here, so that --help and a mistyped flag answer at once.
-  from maestro.training import loop as train
-
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
   if _CONFIG.value is None and not (_EVALUATE.value and _WORKDIR.value):
@@ -65,12 +85,28 @@ def main(argv: list[str]) -> None:
   if workdir is None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = default_workdir(name)
+  # Imported here, so that --help and a mistyped flag answer at once.
+  from maestro.parallel import processes
+
   if _EVALUATE.value:
-    print(
-      json.dumps(train.evaluate_workdir(workdir, _DATA_DIR.value), indent=1)
-    )
+    from maestro.training.loop import evaluate_workdir
+
+    print(json.dumps(evaluate_workdir(workdir, _DATA_DIR.value), indent=1))
     return
-  train.train(cli.config_of(_CONFIG.value), workdir)
+  processes.join(
+    processes.Join(
+      coordinator=_COORDINATOR.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+      distributed=_DISTRIBUTED.value,
+      join_timeout=_JOIN_TIMEOUT.value,
+      lost_timeout=_LOST_TIMEOUT.value,
+    )
+  )
+  with processes.ending():
+    from maestro.training.loop import train
+
+    train(cli.config_of(_CONFIG.value), workdir)
 
 
 if __name__ == "__main__":

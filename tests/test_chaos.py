@@ -120,7 +120,9 @@ def test_a_few_disturbances_leave_no_trace(tmp_path):
     "def get_config(arg=''):\n"
     f"  return ConfigDict(json.loads({json.dumps(CONFIG)!r})).lock()\n"
   )
-  command = [sys.executable, "-m", "maestro.main", f"--config={config}"]
+  command = chaos.Command(
+    [sys.executable, "-m", "maestro.main", f"--config={config}"]
+  )
   events = chaos.disturb(command, tmp_path / "runs", kills=3, seed=2)
   assert len(events) == 3
   assert not [event for event in events if event.fault]
@@ -132,7 +134,9 @@ def test_a_few_disturbances_leave_no_trace(tmp_path):
 @pytest.mark.parametrize("config", ["digits_od", "lenet_od"])
 def test_many_disturbances_leave_no_trace(config, tmp_path):
   path = ROOT / "configs" / f"{config}.py"
-  command = [sys.executable, "-m", "maestro.main", f"--config={path}:smoke"]
+  command = chaos.Command(
+    [sys.executable, "-m", "maestro.main", f"--config={path}:smoke"]
+  )
   events = chaos.disturb(command, tmp_path / "runs", kills=20, seed=0)
   assert not [event for event in events if event.fault]
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maestro.errors import UserError
@@ -54,6 +55,11 @@ def make_mesh(shape: MeshShape) -> Mesh:
         f" nearest that does is {fits}, or set {free[0]} to a number"
       )
     sizes[free[0]] = len(devices) // given
+  if jax.process_count() > 1 and math.prod(sizes.values()) < len(devices):
+    raise UserError(
+      f"config.mesh: {sizes} leaves devices out, {there}; with several"
+      " processes all must be used: set one axis to -1"
+    )
   return jax.make_mesh(
     tuple(sizes.values()),
     tuple(sizes),
@@ -67,9 +73,31 @@ def batch_devices(mesh: Mesh) -> int:
   return math.prod(mesh.shape[name] for name in BATCH)
 
 
+def put(tree: Any, shardings: Any) -> Any:
+  """Puts arrays where their shardings, a tree or one for all, want them.
+
+  Of host arrays, which are the same on all processes, each process puts its
+  own part; nothing is sent between them to compare.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+
+  def one(x: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(
+      host.shape, sharding, lambda part: host[part]
+    )
+
+  if isinstance(shardings, NamedSharding):
+    return jax.tree.map(lambda x: one(x, shardings), tree)
+  return jax.tree.map(one, tree, shardings)
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """Puts every array of a tree onto all devices of the mesh."""
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  return put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def split_batch(tree: Any, mesh: Mesh) -> Any:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maestro import trees
 from maestro.errors import UserError
-from maestro.parallel.mesh import BATCH
+from maestro.parallel.mesh import BATCH, put
 from maestro.trees import Layers, LayerSpec, Tree
 
 AXES = (*BATCH, "model")
@@ -107,7 +107,7 @@ class Placement:
 
   def put(self, tree: Any, params: Tree) -> Any:
     """Puts a tree where it belongs, see `shardings`."""
-    return jax.device_put(tree, self.shardings(tree, params))
+    return put(tree, self.shardings(tree, params))
 
   def constrain(self, tree: Any, params: Tree) -> Any:
     """Keeps a tree where it belongs, within jit."""

@@ -8,7 +8,9 @@ A thin layer over orbax. One step is one directory:
 The record has each leaf's dtype, shape and digest, because orbax loads flipped
 bytes silently. Leaves are written and read as host arrays: the digest is of
 what is written, orbax then needs no sharding file (which ties a checkpoint to
-the devices that wrote it), and small states save in half the time.
+the devices that wrote it), and small states save in half the time. Only where
+an array's parts lie on several processes, each writes its own, and none has all
+of them: see `maestro.runs.digests`.
 """
 
 import contextlib
@@ -21,19 +23,21 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import absl.logging
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from maestro.errors import UserError
+from maestro.parallel import mesh, processes
+from maestro.runs import digests
 
-_FORMAT = 1
+# 2 if an array was written by several processes, else 1.
+_FORMATS = (1, 2)
 _RECORD = "maestro"  # our key in orbax's custom metadata
 
 
@@ -81,8 +85,9 @@ class _KeptSteps:
 class Checkpoints:
   """Keep the newest checkpoints of one run; a context manager.
 
-  When `save` returns, the step survives kill -9. Only one process may have a
-  directory open for saving; readers use `load_params`.
+  When `save` returns, the step survives kill -9. Only one run may have a
+  directory open for saving, with all of its processes; readers use
+  `load_params`.
 
   Args:
     directory: made if missing; left-overs of killed saves in it are deleted.
@@ -192,7 +197,9 @@ class Checkpoints:
     self.close()
     old = self.directory / str(step)
     new = old.with_name(f"{step}.damaged-{time.time_ns()}")
-    old.rename(new)
+    if processes.first():
+      old.rename(new)
+    new = pathlib.Path(processes.exchange(str(new))[0])
     self._open()
     return new
 
@@ -241,10 +248,15 @@ class Checkpoints:
           f" {want.dtype}{list(want.shape)}"
         )
         raise _misfit(self.directory, step, path, what)
-    leaves = _read_leaves(self.directory, step, record, paths)
-    # Not aliased: XLA may be asked to donate what we return.
+    # What several processes have written, each reads its own part of.
+    parts = {
+      path: want
+      for path, want in zip(paths, wanted, strict=True)
+      if "sum" in record["leaves"][path] and _is_split(want.sharding)
+    }
+    leaves = _read_leaves(self.directory, step, record, paths, parts)
     state = [
-      jax.device_put(leaves[path], want.sharding, may_alias=False)
+      _put(leaves[path], want.sharding)
       for path, want in zip(paths, wanted, strict=True)
     ]
     return treedef.unflatten(state), record["extra"]
@@ -336,29 +348,49 @@ def _flatten(tree: Any) -> tuple[list[str], list, Any]:
   return paths, [leaf for _, leaf in pairs], treedef
 
 
-def _host(leaf: Any) -> np.ndarray:
-  if isinstance(leaf, jax.Array) and not (
-    leaf.is_fully_addressable or leaf.is_fully_replicated
-  ):
-    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+def _is_split(sharding: Any) -> bool:
+  """Whether no process has all of an array."""
+  return not (
+    sharding is None
+    or sharding.is_fully_addressable
+    or sharding.is_fully_replicated
+  )
+
+
+def _host(leaf: Any) -> np.ndarray | jax.Array:
+  if isinstance(leaf, jax.Array) and _is_split(leaf.sharding):
+    return leaf
   return np.asarray(leaf)
+
+
+def _put(leaf: Any, sharding: Any) -> jax.Array:
+  if isinstance(leaf, jax.Array):
+    return leaf
+  if sharding is not None and not sharding.is_fully_addressable:
+    return mesh.put(leaf, sharding)
+  # Not aliased: XLA may be asked to donate what we return.
+  return jax.device_put(leaf, sharding, may_alias=False)
 
 
 def _abstract(leaf: dict) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
 
 
-def _nested_nonempty(leaves: dict[str, np.ndarray]) -> dict:
+def _nested_nonempty(leaves: dict[str, Any]) -> dict:
   """Nest by path; a leaf of rank 0 stays out, orbax refuses size zero."""
   flat = {path: x for path, x in leaves.items() if x.size}
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _digest(path: str, x: np.ndarray) -> str:
-  head = f"{path} {x.dtype} {list(x.shape)} ".encode()
-  hasher = hashlib.blake2b(head, digest_size=16)
-  hasher.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-  return hasher.hexdigest()
+def _kind(leaf: dict) -> str:
+  """Name of the digest in a leaf's record: of the bytes, or of parts."""
+  return "sum" if "sum" in leaf else "digest"
+
+
+def _digest(path: str, x: Any, kind: str) -> str:
+  if kind == "sum":
+    return digests.of_parts(x)
+  return digests.of_host(path, x)
 
 
 def _record_digest(record: dict) -> str:
@@ -369,18 +401,19 @@ def _record_digest(record: dict) -> str:
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _record(leaves: dict[str, np.ndarray], extra: dict, step: int) -> dict:
-  described = {
-    path: {
+def _record(leaves: dict[str, Any], extra: dict, step: int) -> dict:
+  described = {}
+  for path, x in leaves.items():
+    kind = "sum" if isinstance(x, jax.Array) else "digest"
+    described[path] = {
       "dtype": str(x.dtype),
       "shape": list(x.shape),
-      "digest": _digest(path, x),
+      kind: _digest(path, x, kind),
     }
-    for path, x in leaves.items()
-  }
   # Through JSON, so that the digest is of what a reader will see.
   extra = json.loads(json.dumps(extra))
-  record = {"format": _FORMAT, "leaves": described, "extra": extra}
+  version = 2 if any("sum" in x for x in described.values()) else 1
+  record = {"format": version, "leaves": described, "extra": extra}
   record |= {"step": step}
   return record | {"digest": _record_digest(record)}
 
@@ -407,31 +440,43 @@ def _read_record(directory: pathlib.Path, step: int) -> dict:
   if record.get("step", step) != step:  # of an earlier version: not recorded
     what = f"holds step {record['step']}: give it its name back"
     raise _broken(directory, step, what)
-  if version != _FORMAT:
-    what = f"has format {version}, this version reads {_FORMAT}"
+  if version not in _FORMATS:
+    what = f"has format {version}, this version reads {_FORMATS}"
     raise _broken(directory, step, what)
   return record
 
 
 def _read_leaves(
-  directory: pathlib.Path, step: int, record: dict, paths: Iterable[str]
-) -> dict[str, np.ndarray]:
-  """Read some leaves to the host and check their digests."""
+  directory: pathlib.Path,
+  step: int,
+  record: dict,
+  paths: Iterable[str],
+  parts: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+) -> dict[str, Any]:
+  """Read some leaves, to the host but for `parts`; check their digests."""
   saved = {path: _abstract(record["leaves"][path]) for path in paths}
   # A numpy leaf asks orbax for numpy; its memory is never touched.
-  leaves = {path: np.empty(x.shape, x.dtype) for path, x in saved.items()}
+  leaves: dict[str, Any] = {
+    path: np.empty(x.shape, x.dtype) for path, x in saved.items()
+  } | dict(parts or {})
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   try:
     with context:
       tree = ocp.load(str(directory / str(step)), _nested_nonempty(leaves))
     leaves |= traverse_util.flatten_dict(tree, sep="/")
-    leaves = {path: np.asarray(leaves[path]) for path in saved}
+    leaves = {path: _host(leaves[path]) for path in saved}
   except Exception as error:
     what = f"cannot be read: {_line(error)}"
     raise _broken(directory, step, what, DamagedError) from error
-  for path, x in leaves.items():
-    if _digest(path, x) != record["leaves"][path]["digest"]:
+  # All of them first: of parts, all processes compute the digest together.
+  found = {
+    path: _digest(path, x, _kind(record["leaves"][path]))
+    for path, x in leaves.items()
+  }
+  for path, digest in found.items():
+    described = record["leaves"][path]
+    if digest != described[_kind(described)]:
       what = f"is damaged: leaf {path} is not what was saved (digest differs)"
       raise _broken(directory, step, what, DamagedError)
   return leaves

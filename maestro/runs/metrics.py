@@ -12,6 +12,7 @@ import time
 import tensorboardX
 
 from maestro.errors import UserError
+from maestro.parallel import processes
 from maestro.runs.workdir import sealed, unsealed
 
 FILE = "metrics.jsonl"
@@ -142,6 +143,32 @@ class Writer:
     line = line[: max(shutil.get_terminal_size().columns - 1, 1)]
     print("\r" + line.ljust(self._width), end="", flush=True)
     self._width = len(line)
+
+
+def writer(workdir, *, total_steps, resume_step=0):
+  """Return a writer for this process: the first writes, all others do not."""
+  if processes.first():
+    return Writer(workdir, total_steps=total_steps, resume_step=resume_step)
+  return Silent()
+
+
+class Silent(Writer):
+  """Keeps and shows nothing: for all processes of a run but the first."""
+
+  def __init__(self):
+    pass
+
+  def close(self):
+    pass
+
+  def write(self, step, epoch, values):
+    pass
+
+  def progress(self, step, text="", *, examples_per_second=None):
+    pass
+
+  def message(self, text):
+    pass
 
 
 def read(workdir):

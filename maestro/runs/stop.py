@@ -15,11 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from maestro.errors import Interrupted
+from maestro.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted
 
 GRACE = 5.0  # seconds from a signal to the end of what does not serve it
-EXIT_TERMINATED = 75  # EX_TEMPFAIL: run the same command again
-EXIT_INTERRUPTED = 130  # what shells say of Ctrl-C
 
 
 class _Busy:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maestro.errors import UserError
+from maestro.parallel import processes
 
 
 class WorkdirError(UserError):
@@ -92,6 +93,8 @@ def _has_checkpoint(workdir: pathlib.Path) -> bool:
 def claim(workdir: pathlib.Path, config, facts: Mapping[str, Any]) -> None:
   """Makes the workdir and writes config.json, once all options are checked.
 
+  The first of many processes does so alone, here and in all other files.
+
   Beside it, facts.json says what the run must know of its data set, so that
   its model can be opened where the data is not.
 
@@ -121,6 +124,9 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   Raises:
     WorkdirError: another process has it, or it cannot be written.
   """
+  if not processes.first():
+    yield
+    return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -216,6 +222,8 @@ def read_json(
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
   """Writes a file whole or not at all, with its digest."""
+  if not processes.first():
+    return
   new = path.with_name(path.name + ".tmp")
   with new.open("w", encoding="utf-8") as file:
     json.dump(sealed(value), file, indent=1)

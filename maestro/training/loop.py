@@ -21,12 +21,21 @@ from maestro import introspect as nn
 from maestro import lowrank
 from maestro.cost.count import count_cost
 from maestro.errors import Interrupted
+from maestro.parallel import processes
 from maestro.parallel.mesh import make_mesh, replicate
 from maestro.report import figures
 from maestro.report.tables import layer_table, level_table
 from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build, chain, control, levels, optim, race
+from maestro.training import (
+  agreement,
+  build,
+  chain,
+  control,
+  levels,
+  optim,
+  race,
+)
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
 from maestro.training.durations import every
@@ -73,19 +82,23 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
   started = time.monotonic()
   c, workdir = parse(config), pathlib.Path(workdir)
   build.check(c)  # before data is read
+  agreement.configs(config)
   finished = workdir_lib.finished_results(workdir, config)
   if finished is not None:
     return _finished(workdir, finished)
   t = build.make_training(c)
+  agreement.data(t.dataset)
 
   with (
     workdir_lib.locked(workdir),
     checkpoint.Checkpoints(
       workdir / "checkpoints", keep=c.checkpoint.keep
     ) as checkpoints,
-    stop.polling() as stop_asked,
+    stop.polling() as asked,
   ):
     workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
+    agreement.workdir(workdir)
+    stop_asked = processes.stop_agreed(asked)
 
     # --- Resume from the newest checkpoint, or start --------------------------
     state, ledger = _resume(t, checkpoints) or _start(t, workdir)
@@ -99,7 +112,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     arrays = replicate(arrays, t.mesh)
     step = int(state.step)
 
-    with metrics.Writer(
+    with metrics.writer(
       workdir, total_steps=t.clock.total, resume_step=step
     ) as writer:
       shared = {"writer": writer, "checkpoints": checkpoints}
@@ -114,6 +127,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
             state = _enter_settle(t, state, ledger, c.truncate)
           else:  # whose winner has made some steps
             state = race.race(t, t.method.race, state, arrays, ledger, **shared)
+          agreement.networks(state)
           if step < int(state.step) < t.clock.total:
             _save(checkpoints, state, ledger, started, t)
           step = int(state.step)
@@ -136,6 +150,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
         shrinks = t.periods.shrink.get(name)
         if shrinks and (last or discovered or every(step, shrinks)):
           state = _shrink(t, state, ledger, c.truncate)
+          agreement.networks(state)
           record |= control.record(state)  # of the steps that were made
           state = control.update(t, state, ledger)
         if name == "discover" and whole and _ends_discover(t, state, ledger):
@@ -172,10 +187,10 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           + rank_text(jax.device_get(state.ranks)),
           examples_per_second=done.examples_per_second,
         )
-        due = every(step, t.periods.save)
-        if last or discovered or due or stop_asked():
+        due, stopping = every(step, t.periods.save), stop_asked()
+        if last or discovered or due or stopping:
           _save(checkpoints, state, ledger, started, t)
-        if stop_asked() and not last:
+        if stopping and not last:
           raise Interrupted(f"stopped at step {step} of {t.clock.total}; saved")
 
     # --- The final model: exact ranks, merged where dense is cheaper ----------
@@ -192,7 +207,8 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
     )
     results |= {"levels": rows} if rows else {}
     workdir_lib.write_json(workdir / "results.json", results)
-    figures.figures(workdir)
+    if processes.first():
+      figures.figures(workdir)
     print(f"\n{layer_table(results)}\n{level_table(results)}")
     print(f"{workdir}: finished")
     return results
@@ -248,7 +264,7 @@ def _finished(workdir: pathlib.Path, results: dict) -> dict:
   """Shows a finished run; draws its report, if it was killed before that."""
   print(f"{workdir}: this run is finished. Its results:\n")
   print(f"{layer_table(results)}\n{level_table(results)}")
-  if not (workdir / "report").exists():
+  if processes.first() and not (workdir / "report").exists():
     figures.figures(workdir)
   return results
 
@@ -272,19 +288,20 @@ def _resume(
   One that is damaged is set aside: training repeats what came after the one
   before it, to the same numbers.
   """
-  while (step := checkpoints.latest) is not None:
-    try:
+  while (step := agreement.newest(checkpoints)) is not None:
+    state = ledger = None
+    with agreement.damage() as found:
       _, extra = checkpoints.shapes(step)
       ledger = Ledger.load(extra["ledger"], t.clock)
       _, tx = t.optimizer(ledger.discover_steps)
-      state, _ = restore(checkpoints, functools.partial(t.new_state, tx))
-    except checkpoint.DamagedError as error:
-      aside = checkpoints.set_aside(step)
-      print(f"{str(error).partition(';')[0]}; set aside as {aside}")
-      continue
-    where = checkpoints.directory.parent
-    print(f"{where}: resuming from step {step} of {t.clock.total}")
-    return state, ledger
+      new = functools.partial(t.new_state, tx)
+      state = restore(checkpoints, step, new, t.placement)
+    if state is not None and ledger is not None and not found:
+      where = checkpoints.directory.parent
+      print(f"{where}: resuming from step {step} of {t.clock.total}")
+      return state, ledger
+    aside = checkpoints.set_aside(step)
+    print(f"{found[0].partition(';')[0]}; set aside as {aside}")
   return None
 
 

@@ -73,15 +73,21 @@ def new_state(
   )
 
 
-def restore(checkpoints, new_state) -> tuple[TrainState, dict]:
-  """Loads the newest checkpoint; its metadata tells the factors' shapes."""
-  step = checkpoints.latest
+def restore(checkpoints, step, new_state, placement) -> TrainState:
+  """Loads a checkpoint to its place; its metadata tells the factors' shapes."""
   shapes, _ = checkpoints.shapes(step)
   parts = ("params", "batch_stats", "ranks")
   given = [shapes[part] for part in parts]
   given += [shapes.get(part, {}) for part in ("levels", "controls")]
   abstract = jax.eval_shape(new_state, *given)
-  return checkpoints.load(step, abstract)
+  abstract = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    abstract,
+    placement.shardings(abstract, abstract.params),
+  )
+  return checkpoints.load(step, abstract)[0]
 
 
 # ---------------------------------------------------------------------------
