@@ -131,11 +131,13 @@ def test_a_few_disturbances_leave_no_trace(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["digits_od", "lenet_od"])
-def test_many_disturbances_leave_no_trace(config, tmp_path):
+@pytest.mark.parametrize(
+  ("config", "processes"), [("digits_od", 1), ("lenet_od", 1), ("digits_od", 2)]
+)
+def test_many_disturbances_leave_no_trace(config, processes, tmp_path):
   path = ROOT / "configs" / f"{config}.py"
   command = chaos.Command(
-    [sys.executable, "-m", "maestro.main", f"--config={path}:smoke"]
+    [sys.executable, "-m", "maestro.main", f"--config={path}:smoke"], processes
   )
   events = chaos.disturb(command, tmp_path / "runs", kills=20, seed=0)
   assert not [event for event in events if event.fault]

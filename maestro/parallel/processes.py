@@ -68,7 +68,7 @@ def join(how: Join) -> None:
     UserError: the options do not fit, or not all processes came in time.
   """
   global _line
-  found = _place(how)
+  found = place_of(how)
   if found is None or found[0].count == 1:
     return
   place, devices = found
@@ -88,7 +88,7 @@ def join(how: Join) -> None:
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def _place(how: Join) -> tuple[Place, list[int] | None] | None:
+def place_of(how: Join) -> tuple[Place, list[int] | None] | None:
   """Where this process stands; None if it is alone."""
   given = {
     "--coordinator": how.coordinator,

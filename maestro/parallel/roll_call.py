@@ -160,11 +160,13 @@ class Line:
     try:
       answer = peer.next()
     except (OSError, ValueError) as failed:
+      peer.close()
       raise UserError(
         f"process 0 at {where} has gone while others were joining ({failed});"
         " look at its log"
       ) from failed
     if answer.get("kind") == "refused":
+      peer.close()
       raise UserError(str(answer.get("text")))
     self._names[0] = f"process 0 ({place.host})"
     return int(answer["port"])
@@ -254,10 +256,12 @@ class Line:
           if self._gone(index, message):
             selector.unregister(peer.socket)
             del self._peers[index]
+            peer.close()
             break
       for index, peer in self._peers.items():
         if now - peer.heard > self._lost_timeout:
           self._lost(index, f"silent for {self._lost_timeout:g} s")
+    selector.close()
 
   def _gone(self, index: int, message: dict[str, Any]) -> bool:
     """Takes a message in; True if nothing more will come from there."""

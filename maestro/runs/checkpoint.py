@@ -15,7 +15,6 @@ of them: see `maestro.runs.digests`.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -54,7 +53,8 @@ def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
 
 
 def _is_not_of_other_reads(record: logging.LogRecord) -> bool:
-  return "tensorstore_spec" not in record.getMessage()
+  text = record.getMessage()
+  return "tensorstore_spec" not in text and "deserialize()" not in text
 
 
 def _report_unraisable(unraisable: Any, report=sys.unraisablehook) -> None:
@@ -382,25 +382,6 @@ def _nested_nonempty(leaves: dict[str, Any]) -> dict:
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _kind(leaf: dict) -> str:
-  """Name of the digest in a leaf's record: of the bytes, or of parts."""
-  return "sum" if "sum" in leaf else "digest"
-
-
-def _digest(path: str, x: Any, kind: str) -> str:
-  if kind == "sum":
-    return digests.of_parts(x)
-  return digests.of_host(path, x)
-
-
-def _record_digest(record: dict) -> str:
-  """Digest the record itself: a flipped digit in it is still valid JSON."""
-  names = ("format", "leaves", "extra", "step")
-  content = [record[name] for name in names if name in record]
-  text = json.dumps(content, sort_keys=True)
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def _record(leaves: dict[str, Any], extra: dict, step: int) -> dict:
   described = {}
   for path, x in leaves.items():
@@ -408,14 +389,14 @@ def _record(leaves: dict[str, Any], extra: dict, step: int) -> dict:
     described[path] = {
       "dtype": str(x.dtype),
       "shape": list(x.shape),
-      kind: _digest(path, x, kind),
+      kind: digests.of(path, x, kind),
     }
   # Through JSON, so that the digest is of what a reader will see.
   extra = json.loads(json.dumps(extra))
   version = 2 if any("sum" in x for x in described.values()) else 1
   record = {"format": version, "leaves": described, "extra": extra}
   record |= {"step": step}
-  return record | {"digest": _record_digest(record)}
+  return record | {"digest": digests.of_record(record)}
 
 
 def _read_record(directory: pathlib.Path, step: int) -> dict:
@@ -426,7 +407,7 @@ def _read_record(directory: pathlib.Path, step: int) -> dict:
     # Not ocp.metadata(): it opens every array, and damage there makes it noisy.
     text = (directory / str(step) / "_CHECKPOINT_METADATA").read_text()
     record = json.loads(text)["custom_metadata"][_RECORD]
-    good = record["digest"] == _record_digest(record)
+    good = record["digest"] == digests.of_record(record)
     version = record["format"]
   except Exception as error:
     what = (
@@ -465,18 +446,21 @@ def _read_leaves(
     with context:
       tree = ocp.load(str(directory / str(step)), _nested_nonempty(leaves))
     leaves |= traverse_util.flatten_dict(tree, sep="/")
-    leaves = {path: _host(leaves[path]) for path in saved}
+    for path in saved:
+      if isinstance(leaves[path], jax.ShapeDtypeStruct):
+        raise KeyError(path)  # left unread
+      leaves[path] = _host(leaves[path])
   except Exception as error:
     what = f"cannot be read: {_line(error)}"
     raise _broken(directory, step, what, DamagedError) from error
   # All of them first: of parts, all processes compute the digest together.
   found = {
-    path: _digest(path, x, _kind(record["leaves"][path]))
+    path: digests.of(path, x, digests.kind(record["leaves"][path]))
     for path, x in leaves.items()
   }
   for path, digest in found.items():
     described = record["leaves"][path]
-    if digest != described[_kind(described)]:
+    if digest != described[digests.kind(described)]:
       what = f"is damaged: leaf {path} is not what was saved (digest differs)"
       raise _broken(directory, step, what, DamagedError)
   return leaves

@@ -1,0 +1,284 @@
+"""Many processes: where one stands, what they agree on, and real ones."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+
+from maestro import chaos, data
+from maestro.errors import EXIT_TERMINATED, UserError
+from maestro.parallel import processes
+from maestro.parallel.processes import Join
+from maestro.training import agreement, loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAUNCHED = ("SLURM_", "OMPI_", "JAX_COORDINATOR")
+
+
+@pytest.fixture(autouse=True)
+def not_launched(monkeypatch):
+  for name in os.environ:
+    if name.startswith(LAUNCHED):
+      monkeypatch.delenv(name)
+
+
+def place(**options):
+  return processes.place_of(Join(**options))
+
+
+# ---------------------------------------------------------------------------
+# Where a process stands
+# ---------------------------------------------------------------------------
+
+
+def test_a_process_without_options_is_alone():
+  assert place() is None
+  assert processes.alone() and processes.first()
+  assert processes.exchange("x") == ["x"]
+
+
+def test_a_process_stands_where_it_is_told():
+  found, devices = place(
+    coordinator="[fe80::1]:7650", num_processes=4, process_id=3
+  )
+  assert (found.host, found.port) == ("fe80::1", 7650)
+  assert (found.count, found.index) == (4, 3)
+  assert devices is None
+
+
+@pytest.mark.parametrize(
+  ("options", "text"),
+  [
+    ({"coordinator": "a:1"}, "--num_processes, --process_id missing"),
+    ({"process_id": 0}, "--coordinator, --num_processes missing"),
+    (
+      {"coordinator": "nowhere", "num_processes": 2, "process_id": 0},
+      "write HOST:PORT",
+    ),
+    (
+      {"coordinator": "a:70000", "num_processes": 2, "process_id": 0},
+      "write HOST:PORT",
+    ),
+    (
+      {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
+      "--process_id: 2 is none of 2 processes; use 0 to 1",
+    ),
+    ({"distributed": True}, "finds no TPU pod, SLURM or Open MPI"),
+  ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_done(options, text):
+  with pytest.raises(UserError, match=text):
+    place(**options)
+
+
+SLURM = {
+  "SLURM_JOB_ID": "70001",
+  "SLURM_STEP_NODELIST": "node[07-08]",
+  "SLURM_NTASKS": "4",
+  "SLURM_STEP_NUM_TASKS": "4",
+  "SLURM_PROCID": "3",
+  "SLURM_LOCALID": "1",
+  "SLURM_STEP_NUM_NODES": "2",
+}
+OMPI = {
+  "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+  "OMPI_COMM_WORLD_SIZE": "4",
+  "OMPI_COMM_WORLD_RANK": "3",
+  "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
+@pytest.mark.parametrize("env", [SLURM, OMPI], ids=["slurm", "ompi"])
+def test_a_launcher_tells_where_a_process_stands(env, monkeypatch):
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(processes.socket, "gethostbyname", lambda h: "10.0.0.1")
+  found, devices = place()
+  assert (found.count, found.index) == (4, 3)
+  assert found.host in ("node07", "10.96.0.1")
+  assert devices == [1]
+
+
+def test_a_single_task_of_slurm_is_alone(monkeypatch):
+  for name, value in (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}).items():
+    monkeypatch.setenv(name, value)
+  assert place() is None
+
+
+def test_a_loopback_coordinator_of_two_hosts_is_refused(monkeypatch):
+  for name, value in SLURM.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(processes.socket, "gethostbyname", lambda h: "127.0.1.1")
+  with pytest.raises(UserError, match=r"'node07' is 127\.0\.1\.1 here"):
+    place()
+
+
+# ---------------------------------------------------------------------------
+# What they agree on
+# ---------------------------------------------------------------------------
+
+
+class Said:
+  """Stands for a line on which the other processes have said something."""
+
+  def __init__(self, change):
+    self.change = change
+
+  def exchange(self, text):
+    return [text, text, self.change(text)]
+
+
+@pytest.fixture
+def others(monkeypatch):
+  """Makes process 2 of three say something else than this one."""
+
+  def say(change):
+    monkeypatch.setattr(processes, "_line", Said(change))
+
+  return say
+
+
+CONFIG = {"seed": 0, "data": {"name": "digits", "data_dir": "/a"}}
+
+
+def test_equal_configs_pass(others):
+  others(lambda text: text)
+  agreement.configs(CONFIG)
+
+
+def test_where_data_is_may_differ_between_hosts(others):
+  here = []
+  others(lambda text: here.append(text) or text)
+  agreement.configs(CONFIG)
+  agreement.configs({**CONFIG, "data": {"name": "digits", "data_dir": "/b"}})
+  assert here[0] == here[1]
+
+
+@pytest.mark.parametrize(
+  ("old", "new"), [("seed: 0", "seed: 1"), ("JAX ", "JAX 9")]
+)
+def test_processes_with_another_config_are_named(old, new, others):
+  others(lambda text: text.replace(old, new))
+  with pytest.raises(UserError, match="of process 2 differs") as error:
+    agreement.configs(CONFIG)
+  assert new in str(error.value)
+
+
+def test_processes_with_other_data_are_named(others):
+  others(lambda text: text.replace("train: 1", "train: 2"))
+  with pytest.raises(UserError, match=r"'digits'.* of process 2 differs"):
+    agreement.data(data.make("digits"))
+
+
+def test_a_workdir_that_is_not_shared_is_said(tmp_path, others):
+  others(lambda text: text)
+  with pytest.raises(UserError, match="all hosts share"):
+    agreement.workdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------
+# Real ones
+# ---------------------------------------------------------------------------
+
+REAL = {
+  "model": {"name": "mlp", "features": [128]},
+  "data": {"name": "digits"},
+  "batch_size": 36,
+  "optimizer": {"name": "sgd", "momentum": 0.9},
+  "method": "maestro",
+  "discover": {
+    "epochs": 6,
+    "lam": 1e-3,
+    "schedule": {"name": "constant", "learning_rate": 0.05},
+    "sampler": {"name": "one_layer"},
+  },
+  "settle": {
+    "epochs": 3,
+    "schedule": {"name": "constant", "learning_rate": 0.05},
+  },
+  "mesh": {"data": 1, "fsdp": 2},
+  "checkpoint": {"every_epochs": 1, "keep": 20},
+}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+  """Two processes that train REAL, a device each."""
+  path = tmp_path_factory.mktemp("config") / "config.py"
+  path.write_text(
+    "import json\n"
+    "from ml_collections import ConfigDict\n"
+    "def get_config(arg=''):\n"
+    f"  return ConfigDict(json.loads({json.dumps(REAL)!r})).lock()\n"
+  )
+  words = [sys.executable, "-m", "maestro.main", f"--config={path}"]
+  return chaos.Command(words, processes=2)
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+  """Workdirs of a run of two processes, whole and stopped in its midst."""
+  root = tmp_path_factory.mktemp("runs")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", "")
+    whole = chaos.Run(command, root / "whole")
+    assert whole.wait(300) == 0, whole.output
+    stopped = chaos.Run(command, root / "stopped", chosen=1)
+    until = time.monotonic() + 300
+    while not (root / "stopped" / "checkpoints" / "29").exists():
+      assert time.monotonic() < until and stopped.wait(0.01) is None
+    stopped.chosen.send_signal(signal.SIGTERM)
+    assert stopped.wait(60) == EXIT_TERMINATED, stopped.output
+    assert stopped.others == {EXIT_TERMINATED}, stopped.output
+  return root
+
+
+def test_sigterm_to_one_process_saves_and_stops_all(finished):
+  log = (finished / "stopped" / "log.txt").read_text()
+  assert "saved" in log and "Traceback" not in log
+  assert not (finished / "stopped" / "results.json").exists()
+
+
+def test_two_processes_go_on_to_the_same_bits(finished, command, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  run = chaos.Run(command, finished / "stopped")
+  assert run.wait(300) == 0, run.output
+  # The step at which it was stopped has a checkpoint of its own.
+  rest = [
+    text
+    for text in chaos.differences(finished / "stopped", finished / "whole")
+    if not text.startswith("checkpoints of steps")
+  ]
+  assert not rest
+
+
+def test_parts_are_written_by_those_that_have_them(finished):
+  saved = finished / "whole" / "checkpoints" / "29"
+  text = (saved / "_CHECKPOINT_METADATA").read_text()
+  record = json.loads(text)["custom_metadata"]["maestro"]
+  assert record["format"] == 2
+  assert "sum" in record["leaves"]["params/fc1/u"]
+  assert "digest" in record["leaves"]["params/fc2/bias"]
+  for i in range(2):
+    assert (saved / "state" / f"ocdbt.process_{i}").is_dir()
+
+
+def test_another_number_of_processes_goes_on(finished, tmp_path):
+  """One process, of two devices, goes on from what two have written."""
+  whole = json.loads((finished / "whole" / "results.json").read_text())
+  shutil.copytree(finished / "whole", tmp_path / "run")
+  (tmp_path / "run" / "results.json").unlink()
+  for step in (tmp_path / "run" / "checkpoints").iterdir():
+    if int(step.name) > 116:
+      shutil.rmtree(step)
+  results = loop.train(REAL, tmp_path / "run")
+  assert [row["rank"] for row in results["layers"]] == [
+    row["rank"] for row in whole["layers"]
+  ]
+  for key, value in whole["final"]["metrics"].items():
+    assert results["final"]["metrics"][key] == pytest.approx(value, abs=1e-3)
