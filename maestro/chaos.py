@@ -36,7 +36,6 @@ import pathlib
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -54,6 +53,7 @@ from maestro.errors import (
   UserError,
 )
 from maestro.main import default_workdir
+from maestro.parallel.loopback import Command
 from maestro.report.tables import align
 from maestro.runs import checkpoint, metrics
 from maestro.runs import workdir as workdir_lib
@@ -102,30 +102,6 @@ size = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 os.execv(sys.argv[2], sys.argv[2:])
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-  """A training command, but for its --workdir.
-
-  Attributes:
-    words: of the command line.
-    processes: that run it together.
-  """
-
-  words: list[str]
-  processes: int = 1
-
-  def lines(self, workdir: pathlib.Path) -> list[list[str]]:
-    """The command line of each process, which meet at a port of their own."""
-    whole = [*self.words, f"--workdir={workdir}"]
-    if self.processes == 1:
-      return [whole]
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      where = f"127.0.0.1:{free.getsockname()[1]}"
-    whole += [f"--coordinator={where}", f"--num_processes={self.processes}"]
-    return [[*whole, f"--process_id={i}"] for i in range(self.processes)]
 
 
 class Run:

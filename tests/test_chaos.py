@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from maestro import chaos
+from maestro.parallel.loopback import Command
 from maestro.report import figures
 from maestro.runs import checkpoint, workdir
 from maestro.training import loop
@@ -120,7 +121,7 @@ def test_a_few_disturbances_leave_no_trace(tmp_path):
     "def get_config(arg=''):\n"
     f"  return ConfigDict(json.loads({json.dumps(CONFIG)!r})).lock()\n"
   )
-  command = chaos.Command(
+  command = Command(
     [sys.executable, "-m", "maestro.main", f"--config={config}"]
   )
   events = chaos.disturb(command, tmp_path / "runs", kills=3, seed=2)
@@ -136,7 +137,7 @@ def test_a_few_disturbances_leave_no_trace(tmp_path):
 )
 def test_many_disturbances_leave_no_trace(config, processes, tmp_path):
   path = ROOT / "configs" / f"{config}.py"
-  command = chaos.Command(
+  command = Command(
     [sys.executable, "-m", "maestro.main", f"--config={path}:smoke"], processes
   )
   events = chaos.disturb(command, tmp_path / "runs", kills=20, seed=0)

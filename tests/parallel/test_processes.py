@@ -13,6 +13,7 @@ import pytest
 from maestro import chaos, data
 from maestro.errors import EXIT_TERMINATED, UserError
 from maestro.parallel import processes
+from maestro.parallel.loopback import Command
 from maestro.parallel.processes import Join
 from maestro.training import agreement, loop
 
@@ -217,7 +218,7 @@ def command(tmp_path_factory):
     f"  return ConfigDict(json.loads({json.dumps(REAL)!r})).lock()\n"
   )
   words = [sys.executable, "-m", "maestro.main", f"--config={path}"]
-  return chaos.Command(words, processes=2)
+  return Command(words, processes=2)
 
 
 @pytest.fixture(scope="module")
