@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maestro import trees
 from maestro.errors import UserError
-from maestro.parallel.mesh import BATCH, put
+from maestro.parallel.mesh import BATCH, put, replicate
 from maestro.trees import Layers, LayerSpec, Tree
 
 AXES = (*BATCH, "model")
@@ -108,6 +108,12 @@ class Placement:
   def put(self, tree: Any, params: Tree) -> Any:
     """Puts a tree where it belongs, see `shardings`."""
     return put(tree, self.shardings(tree, params))
+
+  def whole(self, tree: Any) -> Any:
+    """Gives every process all of a tree, for what is computed on hosts."""
+    if self.trivial or jax.process_count() == 1:
+      return tree
+    return replicate(tree, self.mesh)
 
   def constrain(self, tree: Any, params: Tree) -> Any:
     """Keeps a tree where it belongs, within jit."""

@@ -16,7 +16,8 @@ def enter(
   t: Training, nested: Nested, state: TrainState, ledger: Ledger
 ) -> TrainState:
   """Returns factors in fisher order, and the levels of a nested network."""
-  params, profiles = nested.start(state.params, state.batch_stats)
+  params = t.placement.whole(state.params)
+  params, profiles = nested.start(params, state.batch_stats)
   _, tx = t.optimizer(ledger.discover_steps)
   made = levels.stacked(profiles, state.batch_stats, t.layers)
   ranks = jax.tree.map(lambda x: x[0], made["ranks"])

@@ -327,7 +327,8 @@ def _save(
 def _decompose(t: Training, state: TrainState, ledger: Ledger) -> TrainState:
   """Turns kernels into factors, with a fresh optimizer."""
   _, tx = t.optimizer(ledger.discover_steps)
-  params, ranks = t.method.decompose(state.params, state.batch_stats)
+  params = t.placement.whole(state.params)
+  params, ranks = t.method.decompose(params, state.batch_stats)
   opt_state = optim.restart(tx, params, state.step)
   ledger.ranks = plain_ranks(ranks)
   state = state.replace(params=params, ranks=ranks, opt_state=opt_state)
@@ -385,7 +386,7 @@ def _ends_discover(t: Training, state: TrainState, ledger: Ledger) -> bool:
   """Compares stable ranks with the last epoch's; may end discover here."""
   if t.method.stable_ranks is None or state.ranks:
     return False
-  now = t.method.stable_ranks(state.params)
+  now = t.method.stable_ranks(t.placement.whole(state.params))
   step = int(state.step)
   ends = step < t.clock.total and t.method.switches(ledger.stable_ranks, now)
   ledger.stable_ranks = now

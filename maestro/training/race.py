@@ -22,7 +22,7 @@ from maestro import lowrank, trees
 from maestro.cost.allocation import loss_table
 from maestro.cost.budget import LATENCY, Ranks, Tables
 from maestro.cost.count import count_cost, layer_macs
-from maestro.errors import Interrupted
+from maestro.errors import Interrupted, UserError
 from maestro.methods.proposals import (
   Proposal,
   neighbours,
@@ -31,6 +31,7 @@ from maestro.methods.proposals import (
   series,
 )
 from maestro.methods.race import Options, Race, Score, limit_of
+from maestro.parallel import processes
 from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Writer
 from maestro.training import optim
@@ -104,6 +105,11 @@ def check(t: Training, state: TrainState, workdir: pathlib.Path) -> None:
   plan = t.method.race
   if plan is None or plan.budget.kind != LATENCY:
     return
+  if not processes.alone():
+    raise UserError(
+      "config.budget: milliseconds are measured by one process alone; give a"
+      " budget of MACs, such as macs:0.25, to a run of many processes"
+    )
   meter = Meter.of(t, plan.options, state, workdir)
   fastest = plan.tables(meter).smallest
   if meter([fastest])[0] > plan.budget.value:
@@ -142,7 +148,8 @@ def race(
   meter = Meter.of(t, options, state, checkpoints.directory.parent)
   tables = plan.tables(meter)
   examples = _examples(t, tables, options, 3 * t.dense.macs, options.examples)
-  score = plan.score(state.params, state.batch_stats, examples)
+  params = t.placement.whole(state.params)
+  score = plan.score(params, state.batch_stats, examples)
   judge = t.judge(options.judged)
   losses, measured = _measured(t, tables, options, score, judge)
   spent = 3 * examples * t.dense.macs + measured

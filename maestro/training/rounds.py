@@ -131,7 +131,7 @@ def run_round(
     if method.project and every(step, method.project_every) and not state.ranks:
       size = (method.project_every or 1) * float(schedule(step - 1))
       size *= method.project_lams[name]
-      params = method.project(state.params, size)
+      params = method.project(t.placement.whole(state.params), size)
       state = state.replace(params=t.placement.put(params, params))
     # One dispatch late, so that the device never waits for the host.
     if unread is not None:

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import deployed, end_to_end, plain, train_step
+from benchmarks import (
+  deployed,
+  end_to_end,
+  plain,
+  sharded_save,
+  train_step,
+)
 from benchmarks.train_step import NETWORKS, Form, Options
 from maestro import introspect as nn
 from maestro import lowrank, models, trees
@@ -402,3 +408,11 @@ def test_deployed_measures_what_its_rows_say():
       ratio = ms / dense["latency_ms"][batch]
       assert row["ratio_to_dense"][batch] == pytest.approx(ratio)
   assert "extracted, macs:0.5" in deployed.table(rows)
+
+
+def test_a_state_is_saved_in_parts_by_real_processes():
+  row = sharded_save.measure("parts", 16, 2)
+  assert row["way"] == "parts" and row["processes"] == 2
+  assert row["own_mib"] == pytest.approx(8)
+  lines = sharded_save.table([row]).splitlines()
+  assert "own MiB" in lines[0] and f"{row['extra']:.2f}" in lines[2]
