@@ -126,7 +126,9 @@ describe() {
     130) say "process $1 was stopped by Ctrl-C" ;;
     137) say "process $1 was killed by SIGKILL; the kernel's log says whether" \
       "memory was short" ;;
-    129 | 1[3-8]? | 19[0-2]) say "process $1 was killed by SIG$(kill -l "$2")" ;;
+    129 | 1[3-8]? | 19[0-2])
+      say "process $1 was killed by SIG$(kill -l "$2")"
+      ;;
     75) say "process $1 was asked to stop and has saved (code 75)" ;;
     69) say "process $1 ended as another one was lost (code 69)" ;;
     *) say "process $1 exited with code $2" ;;
