@@ -144,7 +144,7 @@ causes() {
 # Waits for all; sets `failed` and `code` to the first process that failed. It
 # looks, as `wait -n` of Bash before 5.3 misses processes killed by a signal.
 wait_for_all() {
-  local i status now left=$processes deadline=0 late
+  local i status now left=$processes deadline='' late
   failed='' code=0
   while ((left)); do
     now=0
@@ -156,13 +156,13 @@ wait_for_all() {
       ((left -= 1))
       ((status)) || continue
       describe "$i" "$status"
-      ((deadline)) || deadline=$((SECONDS + grace))
+      deadline=${deadline:-$((SECONDS + grace))}
       if [[ -z $failed ]] || causes "$status"; then
         failed=$i code=$status now=1
       fi
     done
     ((left)) || break
-    if ((deadline && SECONDS > deadline)); then
+    if [[ $deadline ]] && ((SECONDS > deadline)); then
       late=${!pids[*]}
       say "process ${late// /, } did not end within $grace s: killed"
       kill -s KILL "${pids[@]}" 2>/dev/null

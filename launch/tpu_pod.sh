@@ -176,14 +176,18 @@ get_tpu() {
     if [[ $now == UNKNOWN ]]; then ((silent += 1)); else silent=0; fi
     case $now in
       ACTIVE) return ;;
-      NONE | SUSPENDED | FAILED)
-        if [[ $created ]]; then
+      NONE) # just after its creation, too, it may not be known yet
+        [[ $created ]] || create
+        created=yes
+        ;;
+      SUSPENDED | FAILED)
+        if [[ $created && $now == FAILED ]]; then
           say "it was not granted; gcloud says why: ${queued[*]} describe" \
             "$name ${location[*]}"
           exit 1
         fi
         # What was preempted has no hosts and costs nothing, but has the name.
-        if [[ $now != NONE ]]; then run "${delete[@]}" || exit 1; fi
+        run "${delete[@]}" || exit 1
         create
         created=yes
         ;;

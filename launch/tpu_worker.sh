@@ -41,7 +41,7 @@ case ${1:-} in
     if running; then
       [[ $command == "$(cat "$command_file")" ]] && exit 0
       say "another run is there: $(cat "$command_file")"
-      say "wait, or stop it on all hosts: bash maestro/launch/tpu_worker.sh stop"
+      say "wait, or stop it on all: bash maestro/launch/tpu_worker.sh stop"
       echo "maestro ended with code 2"
       exit 2
     fi
@@ -69,7 +69,7 @@ case ${1:-} in
       sleep 0.1
     done
     # Spoken, as the code of a remote command does not come through for sure.
-    echo "maestro ended with code $(cat "$code_file" 2>/dev/null || echo 1)"
+    echo "maestro ended with code $(cat "$code_file" 2>/dev/null || echo 137)"
     ;;
   running) running ;;
   stop)
