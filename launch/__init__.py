@@ -1,0 +1,1 @@
+"""Launchers of runs of many processes, and what looks at their hosts."""
