@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -18,6 +19,7 @@ from maestro.parallel.processes import Join
 from maestro.training import agreement, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
+LAUNCHER = ROOT / "launch" / "local.sh"
 LAUNCHED = ("SLURM_", "OMPI_", "JAX_COORDINATOR")
 
 
@@ -227,8 +229,13 @@ def finished(command, tmp_path_factory):
   root = tmp_path_factory.mktemp("runs")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", "")
-    whole = chaos.Run(command, root / "whole")
-    assert whole.wait(300) == 0, whole.output
+    patch.setenv("PYTHON", sys.executable)
+    line = [LAUNCHER, "--processes=2", "--", command.words[-1]]
+    whole = subprocess.run(
+      [*line, f"--workdir={root / 'whole'}"], capture_output=True, text=True
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert "finished" in whole.stdout
     stopped = chaos.Run(command, root / "stopped", chosen=1)
     until = time.monotonic() + 300
     while not (root / "stopped" / "checkpoints" / "29").exists():
