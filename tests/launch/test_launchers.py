@@ -255,7 +255,7 @@ PYTHON = """
 index=${*: -1}
 index=${index#--process_id=}
 echo "$JAX_PLATFORMS|$CUDA_VISIBLE_DEVICES|$*" >>"$DESK/process_$index"
-stay() { touch "$DESK/ready_$index"; while true; do sleep 0.02; done; }
+stay() { touch "$DESK/ready_$index"; for _ in {1..1500}; do sleep 0.02; done; }
 if [[ -e $DESK/do_$index ]]; then . "$DESK/do_$index"; fi
 """
 
