@@ -118,7 +118,7 @@ forward() {
   local pid
   for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done
 }
-trap 'forward TERM' TERM
+trap 'forward TERM' TERM HUP # HUP: the terminal is gone
 trap 'forward INT' INT
 
 describe() {
@@ -203,7 +203,7 @@ port=0 attempt=0
 while true; do
   run 2>/dev/null
   ((code)) || break
-  if [[ $failed != 0 && -s $log_dir/process_$failed.log ]]; then
+  if ((failed && code != 75)) && [[ -s $log_dir/process_$failed.log ]]; then
     say "the end of $log_dir/process_$failed.log:"
     tail -n 12 "$log_dir/process_$failed.log" >&3
   fi

@@ -8,10 +8,10 @@ launch/tpu_pod.sh --name=NAME --zone=ZONE --type=TYPE --version=VERSION
                   [options] -- <arguments of maestro.main>
 launch/tpu_pod.sh --name=NAME --zone=ZONE --delete
 
-Creates a TPU as a queued resource, or takes the one of that name; copies the
-last commit of this repository to all of its hosts, installs it, runs it, and
-follows the output of process 0. After a preemption it does so again. Ctrl-C
-leaves the run alone: the same command follows it again.
+Creates a TPU as a queued resource, or takes the one of that name, whatever its
+type; copies the last commit of this repository to all of its hosts, installs
+it, runs it, and follows the output of process 0. After a preemption it does so
+again. Ctrl-C leaves the run alone: the same command follows it again.
 
   --name=NAME       of the queued resource and of its node
   --zone=ZONE       e.g. us-central2-b

@@ -255,7 +255,7 @@ PYTHON = """
 index=${*: -1}
 index=${index#--process_id=}
 echo "$JAX_PLATFORMS|$CUDA_VISIBLE_DEVICES|$*" >>"$DESK/process_$index"
-stay() { touch "$DESK/ready_$index"; while true; do sleep 0.02; done; }
+stay() { touch "$DESK/ready_$index"; for _ in {1..1500}; do sleep 0.02; done; }
 if [[ -e $DESK/do_$index ]]; then . "$DESK/do_$index"; fi
 """
 
@@ -373,15 +373,18 @@ def test_retries_are_bounded_and_not_for_all(local, code, runs):
   assert len(_flags(desk, 1)) == runs
 
 
-@pytest.mark.parametrize(("name", "code"), [("TERM", 75), ("INT", 130)])
-def test_a_signal_goes_to_all_and_ends_the_retries(local, name, code):
+@pytest.mark.parametrize(
+  ("sent", "name", "code"),
+  [("TERM", "TERM", 75), ("INT", "INT", 130), ("HUP", "TERM", 75)],
+)
+def test_a_signal_goes_to_all_and_ends_the_retries(local, sent, name, code):
   body = f"trap 'echo got {name} >>\"$DESK/got\"; exit {code}' {name}; stay"
   desk = local(_0=body, _1=body)
   with desk.started(
     "local.sh", "--processes=2", "--retries=9", "--", *TRAIN
   ) as process:
     desk.wait_for("ready_0", "ready_1")
-    process.send_signal(getattr(signal, f"SIG{name}"))
+    process.send_signal(getattr(signal, f"SIG{sent}"))
     out, _ = process.communicate(timeout=20)
   assert process.returncode == code, out
   got = (desk.path / "got").read_text(encoding="utf-8")
