@@ -26,7 +26,7 @@ from maestro.report import figures
 from maestro.report.tables import layer_table, level_table
 from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build, chain, control, levels, optim, race
+from maestro.training import build, chain, control, levels, opened, optim, race
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
 from maestro.training.durations import every
@@ -210,7 +210,7 @@ def evaluate_workdir(
   Raises:
     UserError: there is no run, or its checkpoint is broken.
   """
-  run = build.open_run(workdir, data_dir=data_dir)
+  run = opened.open_run(workdir, data_dir=data_dir)
   c, dataset = run.config, data_lib.make(**run.config.data)
   mesh = make_mesh(c.mesh)
   variables = {"params": lowrank.extract(run.params, run.ranks, run.layers)}
