@@ -22,6 +22,7 @@ from maestro.parallel.rules import Placement
 from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
 from maestro.training import levels, optim, start
+from maestro.training.accumulate import unrolls
 from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import (
   PHASES,
@@ -111,7 +112,7 @@ def make_evaluator(
 ) -> Callable:
   """Returns evaluate(variables, split) -> metrics for a config; exact."""
   # Large batches are fast; they must also split over the devices.
-  batch_size = -(-max(c.batch_size, 500) // mesh.size) * mesh.size
+  batch_size = -(-max(c.micro_batch, 500) // mesh.size) * mesh.size
   return make_evaluate(
     model,
     loss=c.loss,
@@ -131,7 +132,7 @@ def make_recalibrator(
   recalibrate = make_recalibrate(
     model,
     preprocess=dataset.preprocess,
-    batch_size=min(c.batch_size, len(dataset.train)),
+    batch_size=min(c.micro_batch, len(dataset.train)),
     examples=c.batch_norm_examples,
     mesh=mesh,
   )
@@ -281,6 +282,7 @@ def make_training(c: Config) -> Training:
       full_pass=full_pass(phase),
       placement=placement,
       level=level,
+      accumulate=c.accumulate,
     )
     return make_dispatch(step, steps)
 
@@ -359,6 +361,13 @@ def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
       f"config.batch_size: {c.batch_size} cannot be split over {devices}"
       f" devices; {_nearest(c.batch_size, devices)} can, or change config.mesh"
     )
+  if c.micro_batch % devices:
+    nearest = _nearest(c.batch_size, devices * c.accumulate)
+    raise ConfigError(
+      f"config.accumulate: micro-batches of {c.micro_batch}, of {c.accumulate}"
+      f" a batch, cannot be split over {devices} devices; with"
+      f" config.batch_size={nearest} they can, or change config.mesh"
+    )
   return n // c.batch_size
 
 
@@ -368,8 +377,8 @@ def _nearest(size: int, devices: int) -> int:
 
 
 def _dispatch_size(steps_per_epoch: int) -> int:
-  """1 on CPUs, see `make_dispatch`; else a divisor, for one program a phase."""
-  if jax.default_backend() == "cpu":
+  """1 where loops are slow; else a divisor, for one program a phase."""
+  if unrolls():
     return 1
   return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
 

@@ -109,6 +109,8 @@ class Config:
     settle: the phase that trains at the ranks found; 0 epochs is the paper.
     optimizer: name and options, see `maestro.training.optim.make`.
     batch_size: examples per step, over all devices.
+    accumulate: micro-batches of which a step is made; as many divide its batch,
+      and their gradients are averaged (`docs/large_runs.md`).
     method: a name in `maestro.methods.METHODS`, such as "maestro" (the default)
       or "dense" for the same run without factors; or a mapping of that name and
       pieces of `Method` that replace its own.
@@ -145,6 +147,7 @@ class Config:
   optimizer: Mapping
   batch_size: Count
   method: Method
+  accumulate: Count = 1
   budget: str | None = None
   rules: tuple[Rule, ...] = (Rule(),)
   seed: Annotated[int, Range("[0, 4294967296)")] = 0
@@ -164,6 +167,11 @@ class Config:
   steps_per_dispatch: Count | None = None
   mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
   placement: tuple[placements.Rule, ...] = ()
+
+  @property
+  def micro_batch(self) -> int:
+    """Examples that run at a time, over all devices."""
+    return self.batch_size // self.accumulate
 
 
 def parse(config: Mapping[str, Any]) -> Config:
@@ -190,6 +198,13 @@ def parse(config: Mapping[str, Any]) -> Config:
     method = dataclasses.replace(method, budget=budget)
   c = Config(**bind(Config, config | {"method": method}, "config"))
   clock_of(c, 1)  # whatever an epoch is, no training stays none
+  if c.batch_size % c.accumulate:
+    fits = [k for k in range(1, c.batch_size + 1) if not c.batch_size % k]
+    nearest = min(fits, key=lambda k: abs(k - c.accumulate))
+    raise ConfigError(
+      f"config.accumulate: {c.accumulate} micro-batches of equal size do not"
+      f" make up config.batch_size={c.batch_size}; {nearest} do"
+    )
   if c.full_pass and c.full_pass.distill and c.loss != "cross_entropy":
     raise ConfigError(
       "config.full_pass.distill: soft targets need config.loss="

@@ -11,6 +11,7 @@ from maestro import lowrank
 from maestro.parallel.mesh import split_batch
 from maestro.parallel.rules import Placement
 from maestro.training import losses
+from maestro.training.accumulate import mean_gradient
 from maestro.training.config import FullPass
 from maestro.training.levels import Level
 from maestro.training.state import TrainState
@@ -32,6 +33,7 @@ def make_step(
   full_pass: FullPass | None,
   placement: Placement,
   level: Level | None = None,
+  accumulate: int = 1,
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Returns step(state, data) -> (state, loss of this step).
 
@@ -52,6 +54,12 @@ def make_step(
 
   Where a controller moves the weight of the optimizer's proximal step, the
   state holds it.
+
+  With `accumulate` = k, a batch runs as k micro-batches, see
+  `training.accumulate`; their gradients are averaged in float32. Images are
+  preprocessed and ranks sampled once a step, so only dropout and the statistics
+  of batch norm, which are those of the micro-batches in order, are not the
+  plain step's.
   """
   example_loss = losses.LOSSES[loss]
   metrics = losses.METRICS[loss]
@@ -88,19 +96,19 @@ def make_step(
       live = level.ranks
       own = level.statistics(state) if own else own
 
-    def objective(params):
+    def task_of(params, carried, x, y, key):
+      own, whole = carried
       full = placement.gathered(params)
-      part, used = params, full
-      if level is not None:
-        part, used = (lowrank.truncate(tree, live) for tree in (part, used))
-      out, stats = apply(used, sampled, own, x, key_dropout)
-      whole = stats
+      used = full if level is None else lowrank.truncate(full, live)
+      out, stats = apply(used, sampled, own, x, key)
       task = jnp.mean(example_loss(out, y))
-      if full_pass is not None:
+      if full_pass is None:
+        whole = stats
+      else:
         # The full network owns the statistics and teaches the sampled one; a
         # level has its own, too.
         ranks = state.ranks if level is None else {}
-        teacher, whole = apply(full, ranks, state.batch_stats, x, key_dropout)
+        teacher, whole = apply(full, ranks, whole, x, key)
         soft = 0.0
         if full_pass.distill:
           soft = jnp.mean(
@@ -108,15 +116,39 @@ def make_step(
           )
         task = (1 - full_pass.distill) * task + full_pass.distill * soft
         task += jnp.mean(example_loss(teacher, y))
-      added = jnp.zeros((), jnp.float32)
-      if lam and penalty is not None:
-        added = lam * penalty(part, live)
       sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
-      sums |= {"loss": task, "penalty": added}
-      return task + added, (stats, whole, sums)
+      return task, (sums | {"loss": task}, (stats, whole))
 
-    grad = jax.value_and_grad(objective, has_aux=True)
-    (total, (stats, whole, sums)), grads = grad(state.params)
+    def penalty_of(params):
+      if not lam or penalty is None:
+        return jnp.zeros((), jnp.float32)
+      part = params if level is None else lowrank.truncate(params, live)
+      return lam * penalty(part, live)
+
+    def objective(params):
+      task, aux = task_of(params, carried, x, y, key_dropout)
+      added = penalty_of(params)
+      return task + added, (*aux, added)
+
+    def of_part(params, carried, part, i):
+      part = split_batch(part, placement.mesh)
+      key = jax.random.fold_in(key_dropout, i)
+      grad = jax.value_and_grad(task_of, has_aux=True)
+      (_, aux), grads = grad(params, carried, *part, key)
+      return aux, placement.constrain(grads, params)
+
+    carried = (own, state.batch_stats)
+    if accumulate == 1:
+      grad = jax.value_and_grad(objective, has_aux=True)
+      (total, (sums, (stats, whole), added)), grads = grad(state.params)
+    else:
+      sums, grads, (stats, whole) = mean_gradient(
+        of_part, state.params, carried, (x, y), accumulate
+      )
+      added, more = jax.value_and_grad(penalty_of)(state.params)
+      grads = jax.tree.map(jnp.add, grads, more)
+      total = sums["loss"] + added
+    sums |= {"penalty": added}
     grads = placement.constrain(grads, state.params)
     weight = {"lam": state.controls["lam"]} if state.controls else {}
     updates, opt_state = optax.with_extra_args_support(tx).update(
@@ -145,8 +177,7 @@ def make_dispatch(
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Compiles several steps as one call: (state, data) -> (state, losses).
 
-  On CPUs use one step per call: there, the gradient of a convolution inside a
-  loop is many times slower than outside of it.
+  On CPUs use one step per call, see `accumulate.unrolls`.
   """
 
   def scan(state: TrainState, data: Data):
