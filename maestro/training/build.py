@@ -283,6 +283,7 @@ def make_training(c: Config) -> Training:
       placement=placement,
       level=level,
       accumulate=c.accumulate,
+      ema=c.ema,
     )
     return make_dispatch(step, steps)
 
@@ -307,7 +308,9 @@ def make_training(c: Config) -> Training:
     macs_per_example=6 if c.full_pass and not method.nested else 3,
     taught=bool(c.full_pass and method.nested),
     initial=initial,
-    new_state=functools.partial(new_state, c.seed, c.loss),
+    new_state=functools.partial(
+      new_state, c.seed, c.loss, averages=c.ema is not None
+    ),
     order=lambda epoch: data_lib.epoch_order(c.seed, epoch, len(dataset.train)),
     optimizer=optimizer,
     program=program,

@@ -23,6 +23,10 @@ from maestro.training.durations import Clock, Duration, Periods
 
 PHASES = ("discover", "settle")
 
+# Keys that may be None, as absent: to a workdir, as of a run before there were
+# such keys, both are the same config.
+UNSET = ("accumulate",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -117,6 +121,8 @@ class Config:
     budget: of the final network, such as "macs:0.25", in place of the method's;
       a dense baseline leaves it aside.
     rules: sections of `maestro.Rule`: which layers are decomposed.
+    ema: decay of a moving average of the weights, such as 0.999, which is what
+      is evaluated and left behind; None keeps none.
     seed: of all random numbers, see `maestro.training.streams`.
     loss: "cross_entropy" or "squared_error".
     lasso: "hierarchical" (the paper) or "flat".
@@ -148,6 +154,7 @@ class Config:
   batch_size: Count
   method: Method
   accumulate: Count = 1
+  ema: Annotated[float, Range("(0, 1)")] | None = None
   budget: str | None = None
   rules: tuple[Rule, ...] = (Rule(),)
   seed: Annotated[int, Range("[0, 4294967296)")] = 0
@@ -192,6 +199,9 @@ def parse(config: Mapping[str, Any]) -> Config:
         "config.num_devices: config.mesh says the same; leave num_devices out"
       )
     config["mesh"] = {"data": devices}
+  for key in UNSET:
+    if config.get(key, "absent") is None:
+      del config[key]
   method = parse_method(config.get("method", "maestro"))
   budget = config.get("budget")
   if budget is not None and method.decompose is not None:  # dense has none
@@ -214,6 +224,11 @@ def parse(config: Mapping[str, Any]) -> Config:
     raise ConfigError(
       "config.discover.shrink: False, but config.method.controller looks at the"
       " ranks that fall; set it to True"
+    )
+  if c.ema is not None and method.nested is not None:
+    raise ConfigError(
+      f"config.ema: {c.ema}, but the levels that config.method trains have"
+      " batch statistics of their own, which are not averaged; set it to None"
     )
   if method.decompose == "settle" and not length_of(c, "settle").value:
     raise ConfigError(
