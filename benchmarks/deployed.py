@@ -33,13 +33,13 @@ from maestro.cost.latency import measure_latencies
 from maestro.deploy import choose as allocate
 from maestro.errors import UserError
 from maestro.report import tables as report
-from maestro.training import build
+from maestro.training import build, opened
 
 INPUTS = {"lenet": (28, 28, 1), "resnet18": (32, 32, 3), "vgg19": (32, 32, 3)}
 BATCHES = (1, 64)
 
 
-def random_run(network: str, width: int | None = None) -> build.Run:
+def random_run(network: str, width: int | None = None) -> opened.Run:
   """Returns a run that nobody trained: random factors at full rank."""
   options = {} if width is None or network == "lenet" else {"width": width}
   model = models.MODELS[network](num_classes=10, **options)
@@ -58,7 +58,7 @@ def random_run(network: str, width: int | None = None) -> build.Run:
     lambda a: np.ones(a.shape, np.float32), shapes.get("batch_stats", {})
   )
   facts = build.Facts("random", shape, "float32", 10, None, 0)
-  return build.Run(
+  return opened.Run(
     workdir=pathlib.Path("random"),
     config=None,  # nothing here reads it
     facts=facts,

@@ -38,7 +38,7 @@ from maestro.report import tables as report
 from maestro.report.tables import markdown_table
 from maestro.runs import provenance
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build
+from maestro.training import opened
 
 CONFIG = "experiments/lenet_comparison.py:dense,100"
 EXAMPLES = 512  # as many as the method data_svd takes
@@ -204,7 +204,7 @@ def main(argv: list[str]) -> None:
   if workdir is None:
     workdir = RUNS / ("smoke" if smoke else "dense_seed0")
     runs.run(CONFIG + (",smoke" if smoke else ""), workdir)
-  run = build.open_run(workdir)
+  run = opened.open_run(workdir)
   trained = report.load(pathlib.Path(workdir))
   if run.ranks:
     raise UserError(f"--workdir: {workdir} has factors; name a dense run")

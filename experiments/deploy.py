@@ -32,7 +32,7 @@ from maestro.report import style
 from maestro.report import tables as report
 from maestro.runs import provenance
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build
+from maestro.training import build, opened
 
 CONFIG = "configs/lenet_od.py:maestro"
 RECIPE = [
@@ -50,7 +50,7 @@ RESULTS = pathlib.Path("experiments/results/deploy")
 IMAGE = pathlib.Path("docs/images/deploy.png")
 
 
-def _decomposed(run: build.Run) -> build.Run:
+def _decomposed(run: opened.Run) -> opened.Run:
   """Decomposes a dense run by plain SVD."""
   params = lowrank.decompose(run.params, [lowrank.Rule()], run.layers)
   return dataclasses.replace(
@@ -58,7 +58,7 @@ def _decomposed(run: build.Run) -> build.Run:
   )
 
 
-def _rows(source: str, run: build.Run, dataset, smoke: bool) -> list[dict]:
+def _rows(source: str, run: opened.Run, dataset, smoke: bool) -> list[dict]:
   """Cuts one network by every rule; validation and test scores of each."""
   budgets = [f"macs:{f}" for f in FRACTIONS]
   mesh = make_mesh(MeshShape(data=1))
@@ -184,10 +184,10 @@ def main(argv: list[str]) -> None:
   recipe = [*RECIPE, *(["--config.discover.epochs=1"] if smoke else [])]
   runs.run(CONFIG, folder / "ordered", recipe)
   runs.run(CONFIG, folder / "dense", [*recipe, "--config.method=dense"])
-  ordered = build.open_run(folder / "ordered", "discover")
+  ordered = opened.open_run(folder / "ordered", "discover")
   dataset = data_lib.make(**ordered.config.data)
   rows = _rows("ordered", ordered, dataset, smoke)
-  dense = build.open_run(folder / "dense")
+  dense = opened.open_run(folder / "dense")
   rows += _rows("svd", _decomposed(dense), dataset, smoke)
   checks = _checks(rows)
   results = {

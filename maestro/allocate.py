@@ -42,7 +42,7 @@ from maestro.errors import UserError
 from maestro.report import pareto
 from maestro.runs import provenance
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build
+from maestro.training import opened
 
 
 def _define_flags() -> None:
@@ -56,7 +56,7 @@ def _define_flags() -> None:
   flags.DEFINE_enum(
     "checkpoint",
     "final",
-    build.CHECKPOINTS,
+    opened.CHECKPOINTS,
     "The newest, or the end of discover, which is ordered but not settled.",
   )
   flags.DEFINE_bool(
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
   budgets = [Budget.parse(text) for text in values.budgets]
   names = (field.name for field in dataclasses.fields(Options))
   options: dict[str, Any] = {name: values[name].value for name in names}
-  run = build.open_run(values.workdir, values.checkpoint, values.data_dir)
+  run = opened.open_run(values.workdir, values.checkpoint, values.data_dir)
   dataset = data_lib.make(**run.config.data)
   start = time.monotonic()
   read, run = run, before_cuts(run, dataset, values.reorder)

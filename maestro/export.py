@@ -30,7 +30,7 @@ from maestro.deploy import choose as allocate
 from maestro.deploy.export import STABLEHLO, Options, choose_sizes, export
 from maestro.deploy.reorder import before_cuts
 from maestro.errors import UserError
-from maestro.training import build
+from maestro.training import opened
 
 
 def define_flags() -> None:
@@ -38,7 +38,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "Directory of the run.")
   flags.DEFINE_string("out", None, "Directory to write.")
   flags.DEFINE_enum(
-    "checkpoint", "final", build.CHECKPOINTS, "Which checkpoint to cut."
+    "checkpoint", "final", opened.CHECKPOINTS, "Which checkpoint to cut."
   )
   flags.DEFINE_string(
     "budget", None, "kind:value, e.g. macs:0.5 (of the dense network's)."
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     raise UserError("--workdir=RUN and --out=DIRECTORY are needed")
   out = pathlib.Path(values.out)
   artifact.check_target(out)  # before anything that takes long
-  run = build.open_run(values.workdir, values.checkpoint, values.data_dir)
+  run = opened.open_run(values.workdir, values.checkpoint, values.data_dir)
   try:
     dataset = data_lib.make(**run.config.data)
   except data_lib.DataError as error:

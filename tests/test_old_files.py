@@ -11,7 +11,7 @@ import pytest
 import maestro
 from maestro.deploy import artifact, export
 from maestro.report import tables
-from maestro.training import build, loop
+from maestro.training import loop, opened
 
 FILES = pathlib.Path(__file__).parent / "files_of_e65e267.tar.gz"
 
@@ -47,8 +47,8 @@ def test_an_old_run_goes_on_from_its_checkpoint(old, capsys):
 
 def test_an_old_run_exports(old):
   options = export.Options(repeats=0, stablehlo=False)
-  for which in build.CHECKPOINTS:
-    run = build.open_run(old / "run", which)
+  for which in opened.CHECKPOINTS:
+    run = opened.open_run(old / "run", which)
     export.export(run, old / which, options=options, log=lambda line: None)
     maestro.load(old / which)
 

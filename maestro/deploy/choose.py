@@ -25,7 +25,7 @@ from maestro.cost.count import count_cost
 from maestro.cost.latency import measure_latency
 from maestro.errors import UserError
 from maestro.parallel.mesh import MeshShape, make_mesh
-from maestro.training import build
+from maestro.training import build, opened
 from maestro.training.judge import make_judge
 
 RULES = ("uniform", "threshold", "energy", "greedy", "dp")
@@ -80,14 +80,14 @@ class Oracle:
   """Answers what rules ask about a run: its costs, losses and latencies.
 
   Attributes:
-    run: from `maestro.training.build.open_run`.
+    run: from `maestro.training.opened.open_run`.
     dataset: of the run; only losses need it.
     options: see `Options`.
     measure: as `measure_latency`.
     log: called with lines about the progress of what takes long.
   """
 
-  run: build.Run
+  run: opened.Run
   dataset: data_lib.Dataset | None = None
   options: Options = Options()
   measure: Callable[..., float] = measure_latency
@@ -299,12 +299,12 @@ def _choose(
 
 
 def choose_ranks(
-  run: build.Run, budget: Budget | str, *, rule: str = "greedy", **options: Any
+  run: opened.Run, budget: Budget | str, *, rule: str = "greedy", **options: Any
 ) -> dict:
   """Chooses the ranks of a run for a budget: a rank tree.
 
   Args:
-    run: from `maestro.training.build.open_run`.
+    run: from `maestro.training.opened.open_run`.
     budget: see `Budget`.
     rule: of `RULES`.
     **options: dataset (only greedy and dp need it), measure and log of
@@ -318,7 +318,7 @@ def choose_ranks(
 
 
 def choose_profiles(
-  run: build.Run,
+  run: opened.Run,
   budgets: Sequence[Budget | str],
   *,
   rule: str = "dp",
@@ -337,7 +337,7 @@ def choose_profiles(
 
 
 def allocate(
-  run: build.Run,
+  run: opened.Run,
   budgets: Sequence[Budget | str],
   dataset: data_lib.Dataset,
   *,
@@ -358,7 +358,7 @@ def allocate(
   are nested among budgets of one kind.
 
   Args:
-    run: from `maestro.training.build.open_run`.
+    run: from `maestro.training.opened.open_run`.
     budgets: see `Budget`.
     dataset: of the run.
     rule: of `RULES`.

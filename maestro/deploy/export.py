@@ -32,7 +32,7 @@ from maestro.models import MODELS
 from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.report.tables import text_table
 from maestro.runs.provenance import git_commit
-from maestro.training import build
+from maestro.training import build, opened
 
 _BATCHES = (1, 64)  # at which latency is measured
 
@@ -92,7 +92,7 @@ class Options:
 
 
 def export(
-  run: build.Run,
+  run: opened.Run,
   out: str | os.PathLike,
   sizes: Sequence[Size] = (),
   *,
@@ -104,7 +104,7 @@ def export(
   """Writes networks of one run, nested and the largest first, to a directory.
 
   Args:
-    run: from `maestro.training.build.open_run`.
+    run: from `maestro.training.opened.open_run`.
     out: directory to make; an earlier export there is replaced.
     sizes: what to cut out; () is the run at its own ranks, or all levels of a
       nested one.
@@ -173,7 +173,7 @@ def export(
 
 
 def _cut(
-  run: build.Run, size: Size, outputs: Callable, tolerance: float
+  run: opened.Run, size: Size, outputs: Callable, tolerance: float
 ) -> Cut:
   """Extracts a network, compares it with the masked one, counts its cost."""
   norms = _norms(run)
@@ -204,7 +204,7 @@ def _cut(
   return Cut(size, {"params": small, **norms}, record)
 
 
-def _own_sizes(run: build.Run) -> tuple[Size, ...]:
+def _own_sizes(run: opened.Run) -> tuple[Size, ...]:
   """The levels of a nested run, or the ranks of another."""
   found = levels.trained(run)
   if not found:
@@ -216,7 +216,7 @@ def _level(budget: budget_lib.Budget, tree: Any, stats: Any) -> Size:
   return Size(str(budget).removeprefix("macs:"), tree, str(budget), stats)
 
 
-def _norms(run: build.Run) -> dict[str, Any]:
+def _norms(run: opened.Run) -> dict[str, Any]:
   return {"batch_stats": run.batch_stats} if run.batch_stats else {}
 
 
@@ -225,7 +225,7 @@ def _totals(cost: Cost) -> dict[str, int]:
 
 
 def _with_data(
-  run: build.Run, cuts: Sequence[Cut], dataset: data_lib.Dataset, fresh: bool
+  run: opened.Run, cuts: Sequence[Cut], dataset: data_lib.Dataset, fresh: bool
 ) -> list[Cut]:
   """Gives networks their own batch statistics, then evaluates them."""
   c, mesh = run.config, make_mesh(MeshShape(data=1))
@@ -245,7 +245,7 @@ def _with_data(
 
 
 def _add_latency(
-  run: build.Run, cuts: Sequence[Cut], config: dict, repeats: int
+  run: opened.Run, cuts: Sequence[Cut], config: dict, repeats: int
 ) -> None:
   """Measures the dense network, the factors not merged, and each export."""
   norms = _norms(run)
@@ -279,7 +279,7 @@ def _add_latency(
 
 
 def _describe(
-  run: build.Run, cuts: Sequence[Cut], checkpoint: str, fresh: bool
+  run: opened.Run, cuts: Sequence[Cut], checkpoint: str, fresh: bool
 ) -> dict[str, Any]:
   """Begins config.json."""
   facts, section = run.facts, dict(run.config.model)
@@ -323,7 +323,7 @@ def _describe(
 
 
 def _write(
-  run: build.Run,
+  run: opened.Run,
   new: pathlib.Path,
   cuts: Sequence[Cut],
   config: dict[str, Any],
@@ -355,7 +355,7 @@ def _write(
 
 
 def _write_stablehlo(
-  run: build.Run,
+  run: opened.Run,
   new: pathlib.Path,
   cut: Cut,
   outputs: Callable,
@@ -380,7 +380,7 @@ def _write_stablehlo(
 
 
 def choose_sizes(
-  run: build.Run,
+  run: opened.Run,
   *,
   budget: str | None = None,
   ranks: str | None = None,
@@ -392,7 +392,7 @@ def choose_sizes(
   """Turns what a command line asks for into sizes; () is the run's own ranks.
 
   Args:
-    run: from `maestro.training.build.open_run`.
+    run: from `maestro.training.opened.open_run`.
     budget: "kind:value", see `maestro.cost.budget`.
     ranks: path of a profile file, {"ranks": {layer path: rank}}.
     profiles: fractions of the dense network's MACs.

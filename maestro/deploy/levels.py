@@ -11,8 +11,8 @@ from maestro import lowrank, trees
 from maestro.cost.budget import COSTS, Budget, BudgetError, Ranks, cost_tables
 from maestro.training import chain
 from maestro.training import levels as levels_lib
-from maestro.training.build import Run
 from maestro.training.judge import make_judge
+from maestro.training.opened import Run
 
 
 def trained(run: Run) -> list[tuple[Budget, Any, Any]]:

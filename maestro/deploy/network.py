@@ -10,7 +10,7 @@ import numpy as np
 
 from maestro import introspect, lowrank
 from maestro.errors import UserError
-from maestro.training import build
+from maestro.training import build, opened
 from maestro.trees import Tree
 
 
@@ -40,7 +40,7 @@ def as_run(
   *,
   ranks: Tree | None = None,
   settings: Settings = Settings(),
-) -> build.Run:
+) -> opened.Run:
   """Takes a network in memory for a run: to allocate, evaluate and export it.
 
     params = maestro.decompose(variables["params"], rules, layers)
@@ -83,7 +83,7 @@ def as_run(
   )
   params, told = variables["params"], introspect.mode(model, train=False)
   layers = introspect.layers(model, facts.example, **told)
-  return build.Run(
+  return opened.Run(
     workdir=pathlib.Path(type(model).__name__),
     config=settings,  # pyright: ignore[reportArgumentType]
     facts=facts,

@@ -10,18 +10,18 @@ from maestro.errors import UserError
 from maestro.introspect import mode
 from maestro.methods import fisher
 from maestro.parallel.mesh import MeshShape, make_mesh
-from maestro.training import build
+from maestro.training import build, opened
 
 _EXAMPLES = 512  # training images from which moments are taken
 
 
 def before_cuts(
-  run: build.Run, dataset: data_lib.Dataset | None, asked: bool | None
-) -> build.Run:
+  run: opened.Run, dataset: data_lib.Dataset | None, asked: bool | None
+) -> opened.Run:
   """Returns the run that is to be cut, in fisher order where that can be had.
 
   Args:
-    run: from `build.open_run`.
+    run: from `opened.open_run`.
     dataset: of the run; None if it is not there.
     asked: --reorder; None reorders a run that has factors, unless it is nested
       or has no data.
@@ -37,7 +37,7 @@ def before_cuts(
   return reordered(run, dataset) if asked else run
 
 
-def reordered(run: build.Run, dataset: data_lib.Dataset | None) -> build.Run:
+def reordered(run: opened.Run, dataset: data_lib.Dataset | None) -> opened.Run:
   """Returns a run of the same function whose components are in fisher order.
 
   What training has not ordered, as after an SVD, is ordered by what losing it
@@ -45,7 +45,7 @@ def reordered(run: build.Run, dataset: data_lib.Dataset | None) -> build.Run:
   the run's own ranks are computed first.
 
   Args:
-    run: from `build.open_run`.
+    run: from `opened.open_run`.
     dataset: of the run.
 
   Raises:

@@ -275,6 +275,7 @@ class Checkpoints:
 def load_params(directory, step: int | None = None) -> tuple:
   """Read params, batch_stats, ranks and extra, whatever the optimizer was.
 
+  Where moving averages of params and batch_stats are saved, these are read.
   Changes nothing on disk, so a run that is still saving can be read.
 
   Args:
@@ -295,7 +296,8 @@ def load_params(directory, step: int | None = None) -> tuple:
       f"no checkpoint in {directory}; is it the right path?"
     )
   names = ("params", "batch_stats", "ranks")
-  tree, extra = _load_parts(directory, step, names)
+  tree, extra = _load_parts(directory, step, ("ema", "ranks"))
+  tree |= tree.get("ema") or _load_parts(directory, step, names[:2])[0]
   return *(tree.get(name, {}) for name in names), extra
 
 

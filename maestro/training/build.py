@@ -1,9 +1,7 @@
-"""Builds what a config describes, and opens what a run has left behind."""
+"""Builds what a config describes."""
 
 import dataclasses
 import functools
-import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,16 +14,15 @@ from maestro import data as data_lib
 from maestro import introspect as nn
 from maestro import streams
 from maestro.cost.count import Cost, count_cost
-from maestro.errors import UserError
 from maestro.methods import bind as methods
 from maestro.methods.subject import Subject
 from maestro.models import MODELS
 from maestro.parallel.mesh import Mesh, batch_devices, make_mesh
 from maestro.parallel.rules import Placement
-from maestro.runs import checkpoint
 from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
 from maestro.training import levels, optim, start
+from maestro.training.accumulate import unrolls
 from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import (
   PHASES,
@@ -33,14 +30,12 @@ from maestro.training.config import (
   FullPass,
   clock_of,
   length_of,
-  parse,
   periods_of,
 )
 from maestro.training.durations import Clock, Periods
 from maestro.training.evaluate import make_evaluate
 from maestro.training.judge import make_judge
 from maestro.training.levels import Level
-from maestro.training.results import Ledger
 from maestro.training.state import TrainState, new_state
 from maestro.training.step import make_dispatch, make_step
 from maestro.trees import LayerSpec, Tree
@@ -117,7 +112,7 @@ def make_evaluator(
 ) -> Callable:
   """Returns evaluate(variables, split) -> metrics for a config; exact."""
   # Large batches are fast; they must also split over the devices.
-  batch_size = -(-max(c.batch_size, 500) // mesh.size) * mesh.size
+  batch_size = -(-max(c.micro_batch, 500) // mesh.size) * mesh.size
   return make_evaluate(
     model,
     loss=c.loss,
@@ -137,7 +132,7 @@ def make_recalibrator(
   recalibrate = make_recalibrate(
     model,
     preprocess=dataset.preprocess,
-    batch_size=min(c.batch_size, len(dataset.train)),
+    batch_size=min(c.micro_batch, len(dataset.train)),
     examples=c.batch_norm_examples,
     mesh=mesh,
   )
@@ -287,6 +282,8 @@ def make_training(c: Config) -> Training:
       full_pass=full_pass(phase),
       placement=placement,
       level=level,
+      accumulate=c.accumulate,
+      ema=c.ema,
     )
     return make_dispatch(step, steps)
 
@@ -311,7 +308,9 @@ def make_training(c: Config) -> Training:
     macs_per_example=6 if c.full_pass and not method.nested else 3,
     taught=bool(c.full_pass and method.nested),
     initial=initial,
-    new_state=functools.partial(new_state, c.seed, c.loss),
+    new_state=functools.partial(
+      new_state, c.seed, c.loss, averages=c.ema is not None
+    ),
     order=lambda epoch: data_lib.epoch_order(c.seed, epoch, len(dataset.train)),
     optimizer=optimizer,
     program=program,
@@ -365,6 +364,13 @@ def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
       f"config.batch_size: {c.batch_size} cannot be split over {devices}"
       f" devices; {_nearest(c.batch_size, devices)} can, or change config.mesh"
     )
+  if c.micro_batch % devices:
+    nearest = _nearest(c.batch_size, devices * c.accumulate)
+    raise ConfigError(
+      f"config.accumulate: micro-batches of {c.micro_batch}, of {c.accumulate}"
+      f" a batch, cannot be split over {devices} devices; with"
+      f" config.batch_size={nearest} they can, or change config.mesh"
+    )
   return n // c.batch_size
 
 
@@ -374,8 +380,8 @@ def _nearest(size: int, devices: int) -> int:
 
 
 def _dispatch_size(steps_per_epoch: int) -> int:
-  """1 on CPUs, see `make_dispatch`; else a divisor, for one program a phase."""
-  if jax.default_backend() == "cpu":
+  """1 where loops are slow; else a divisor, for one program a phase."""
+  if unrolls():
     return 1
   return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
 
@@ -387,113 +393,3 @@ def batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
   for first in range(0, len(order), 256):
     x = split.inputs[np.sort(order[first : first + 256])]
     yield dataset.preprocess(jnp.asarray(x))
-
-
-# ---------------------------------------------------------------------------
-# What a run has left behind
-# ---------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Run:
-  """A trained network, as a checkpoint of its run holds it.
-
-  Attributes:
-    workdir: where it is.
-    config: parsed.
-    facts: about its data set, which need not be there.
-    model: the Flax module.
-    layers: {path: LayerSpec} of the model.
-    step: of the checkpoint.
-    params: host arrays, factors as they are stored.
-    batch_stats: host arrays, {} without normalisation.
-    ranks: the current ranks, {} for a dense network.
-    levels: of a nested network, as in `TrainState`; {} for one size.
-  """
-
-  workdir: pathlib.Path
-  config: Config
-  facts: Facts
-  model: Any
-  layers: Mapping[str, LayerSpec]
-  step: int
-  params: Any
-  batch_stats: Any
-  ranks: Any
-  levels: Any = dataclasses.field(default_factory=dict)
-
-
-CHECKPOINTS = ("final", "discover")
-
-
-def _read_facts(path: pathlib.Path) -> Facts | None:
-  if not path.exists():
-    return None
-  try:
-    values = workdir_lib.read_json(path, keys={"input_shape": list})
-    values["input_shape"] = tuple(values["input_shape"])
-    return Facts(**bind(Facts, values, str(path)))
-  except UserError as error:
-    print(f"{error}; read anew from the data set")
-    return None
-
-
-def open_run(
-  workdir: str | os.PathLike, which: str = "final", data_dir: str | None = None
-) -> Run:
-  """Opens a run's newest checkpoint, or the one at the end of discover.
-
-  Args:
-    workdir: directory of a run, finished or not.
-    which: "final", the newest checkpoint, or "discover", the last one before
-      settling, which has the ordering that any-size deployment needs.
-    data_dir: where prepared data is; None is TFDS_DATA_DIR, as ever. Not what
-      the workdir's own config says: that may be another's.
-
-  Raises:
-    UserError: there is no run or no such checkpoint, or it is broken.
-  """
-  workdir = pathlib.Path(workdir)
-  if which not in CHECKPOINTS:
-    raise UserError(
-      f"--checkpoint: {which!r} is unknown; use one of {CHECKPOINTS}"
-    )
-  if not (workdir / "config.json").exists():
-    raise UserError(
-      f"{workdir / 'config.json'} is missing: --workdir must name the directory"
-      " of a run"
-    )
-  c = parse(workdir_lib.read_json(workdir / "config.json"))
-  if "data_dir" in c.data or data_dir is not None:
-    c = dataclasses.replace(c, data={**c.data, "data_dir": data_dir})
-  facts = _read_facts(workdir / "facts.json")
-  if facts is None:  # damaged, or a run of a version that did not write them
-    facts = Facts.of(data_lib.make(**c.data))
-  directory = workdir / "checkpoints"
-  steps = checkpoint.list_steps(directory)
-  step = max(steps, default=None)
-  if which == "discover":
-    n = facts.train_examples // c.batch_size
-    ledger = {}
-    if step is not None:  # a method may have ended it early
-      ledger = checkpoint.load_params(directory, step)[3].get("ledger", {})
-    step = Ledger.load(ledger, clock_of(c, n)).discover_steps
-    if step not in steps or not step:
-      raise UserError(
-        f"{directory} has no checkpoint of the end of discover (step {step});"
-        f" there are {steps}. Train on, or use --checkpoint=final"
-      )
-  params, batch_stats, ranks, _ = checkpoint.load_params(directory, step)
-  model = make_model(c, facts)
-  return Run(
-    workdir=workdir,
-    config=c,
-    facts=facts,
-    model=model,
-    layers=nn.layers(model, facts.example),
-    step=int(step or 0),  # load_params has raised if there is none
-    params=params,
-    batch_stats=batch_stats,
-    ranks=ranks,
-    levels=checkpoint.load_levels(directory, int(step or 0)),
-  )

@@ -7,7 +7,8 @@ import jax
 from maestro import lowrank
 from maestro.methods.nested import Nested, options_of
 from maestro.training import levels, optim
-from maestro.training.build import Run, Training
+from maestro.training.build import Training
+from maestro.training.opened import Run
 from maestro.training.results import Ledger
 from maestro.training.state import TrainState, form_of, plain_ranks
 

@@ -23,6 +23,10 @@ from maestro.training.durations import Clock, Duration, Periods
 
 PHASES = ("discover", "settle")
 
+# Keys that may be None, as absent: to a workdir, as of a run before there were
+# such keys, both are the same config.
+UNSET = ("accumulate",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -109,12 +113,16 @@ class Config:
     settle: the phase that trains at the ranks found; 0 epochs is the paper.
     optimizer: name and options, see `maestro.training.optim.make`.
     batch_size: examples per step, over all devices.
+    accumulate: micro-batches of which a step is made; as many divide its batch,
+      and their gradients are averaged (`docs/large_runs.md`).
     method: a name in `maestro.methods.METHODS`, such as "maestro" (the default)
       or "dense" for the same run without factors; or a mapping of that name and
       pieces of `Method` that replace its own.
     budget: of the final network, such as "macs:0.25", in place of the method's;
       a dense baseline leaves it aside.
     rules: sections of `maestro.Rule`: which layers are decomposed.
+    ema: decay of a moving average of the weights, such as 0.999, which is what
+      is evaluated and left behind; None keeps none.
     seed: of all random numbers, see `maestro.training.streams`.
     loss: "cross_entropy" or "squared_error".
     lasso: "hierarchical" (the paper) or "flat".
@@ -145,6 +153,8 @@ class Config:
   optimizer: Mapping
   batch_size: Count
   method: Method
+  accumulate: Count = 1
+  ema: Annotated[float, Range("(0, 1)")] | None = None
   budget: str | None = None
   rules: tuple[Rule, ...] = (Rule(),)
   seed: Annotated[int, Range("[0, 4294967296)")] = 0
@@ -165,6 +175,11 @@ class Config:
   mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
   placement: tuple[placements.Rule, ...] = ()
 
+  @property
+  def micro_batch(self) -> int:
+    """Examples that run at a time, over all devices."""
+    return self.batch_size // self.accumulate
+
 
 def parse(config: Mapping[str, Any]) -> Config:
   """Turns nested mappings into a `Config`, checking every key.
@@ -184,12 +199,22 @@ def parse(config: Mapping[str, Any]) -> Config:
         "config.num_devices: config.mesh says the same; leave num_devices out"
       )
     config["mesh"] = {"data": devices}
+  for key in UNSET:
+    if config.get(key, "absent") is None:
+      del config[key]
   method = parse_method(config.get("method", "maestro"))
   budget = config.get("budget")
   if budget is not None and method.decompose is not None:  # dense has none
     method = dataclasses.replace(method, budget=budget)
   c = Config(**bind(Config, config | {"method": method}, "config"))
   clock_of(c, 1)  # whatever an epoch is, no training stays none
+  if c.batch_size % c.accumulate:
+    fits = [k for k in range(1, c.batch_size + 1) if not c.batch_size % k]
+    nearest = min(fits, key=lambda k: abs(k - c.accumulate))
+    raise ConfigError(
+      f"config.accumulate: {c.accumulate} micro-batches of equal size do not"
+      f" make up config.batch_size={c.batch_size}; {nearest} do"
+    )
   if c.full_pass and c.full_pass.distill and c.loss != "cross_entropy":
     raise ConfigError(
       "config.full_pass.distill: soft targets need config.loss="
@@ -199,6 +224,11 @@ def parse(config: Mapping[str, Any]) -> Config:
     raise ConfigError(
       "config.discover.shrink: False, but config.method.controller looks at the"
       " ranks that fall; set it to True"
+    )
+  if c.ema is not None and method.nested is not None:
+    raise ConfigError(
+      f"config.ema: {c.ema}, but the levels that config.method trains have"
+      " batch statistics of their own, which are not averaged; set it to None"
     )
   if method.decompose == "settle" and not length_of(c, "settle").value:
     raise ConfigError(

@@ -33,6 +33,7 @@ from maestro.training import (
   chain,
   control,
   levels,
+  opened,
   optim,
   race,
 )
@@ -52,6 +53,8 @@ from maestro.training.state import (
   TrainState,
   added,
   at_ranks,
+  averaged,
+  begin_average,
   form_of,
   means,
   plain_ranks,
@@ -194,6 +197,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
           raise Interrupted(f"stopped at step {step} of {t.clock.total}; saved")
 
     # --- The final model: exact ranks, merged where dense is cheaper ----------
+    state = averaged(state)
     final = lowrank.extract(state.params, state.ranks, t.layers)
     val, test = _evaluate(
       t, state.replace(params=final), ledger, t.dataset.val, t.dataset.test
@@ -226,7 +230,7 @@ def evaluate_workdir(
   Raises:
     UserError: there is no run, or its checkpoint is broken.
   """
-  run = build.open_run(workdir, data_dir=data_dir)
+  run = opened.open_run(workdir, data_dir=data_dir)
   c, dataset = run.config, data_lib.make(**run.config.data)
   mesh = make_mesh(c.mesh)
   variables = {"params": lowrank.extract(run.params, run.ranks, run.layers)}
@@ -332,7 +336,7 @@ def _decompose(t: Training, state: TrainState, ledger: Ledger) -> TrainState:
   opt_state = optim.restart(tx, params, state.step)
   ledger.ranks = plain_ranks(ranks)
   state = state.replace(params=params, ranks=ranks, opt_state=opt_state)
-  return t.placement.put(state, params)
+  return t.placement.put(begin_average(state), params)
 
 
 def _cut(
@@ -376,7 +380,7 @@ def _enter_end(
 ) -> TrainState:
   """Returns the state at its final ranks, after the last step."""
   if t.method.decompose_at == "end":
-    return _decompose(t, state, ledger)
+    return _decompose(t, averaged(state), ledger)
   if discovered:  # there was no settle phase that would have set them
     return at_ranks(state, t.method.fit(state.ranks))
   return state
@@ -444,6 +448,7 @@ def _evaluate(
   t: Training, state: TrainState, ledger: Ledger, *splits: data_lib.Split
 ) -> list[dict[str, float]]:
   """Evaluates on whole splits, with batch statistics of the network's own."""
+  state = averaged(state)
   variables, form = variables_of(state), form_of(state.params)
   # Those of a dense network, and of a level, are its own.
   if state.ranks and state.batch_stats and not state.levels:

@@ -41,6 +41,8 @@ from maestro.training.results import Ledger
 from maestro.training.rounds import TrainingError, run_round
 from maestro.training.state import (
   TrainState,
+  begin_average,
+  cut_to,
   form_of,
   plain_ranks,
   variables_of,
@@ -339,7 +341,8 @@ def _candidate(
     opt_state=optim.restart(tx, params, state.step),
   )
   # Steps donate their state: what candidates share is copied.
-  made = t.placement.put(jax.tree.map(jnp.copy, made), params)
+  made = begin_average(jax.tree.map(jnp.copy, made))
+  made = t.placement.put(made, params)
   own = dataclasses.replace(
     ledger, macs=0, examples=0, sums={}, train_seconds=0.0
   )
@@ -354,15 +357,8 @@ def _cut_together(
   union = _union([c.proposal for c in candidates])
   shape = jax.device_get(_rank_tree(t, union))
   for c in candidates:
-    state = _cut(tx, c.state, shape)
+    state = cut_to(tx, c.state, shape)
     c.state = t.placement.put(state, state.params)
-
-
-def _cut(tx: Any, state: TrainState, shape: Any) -> TrainState:
-  return state.replace(
-    params=lowrank.truncate(state.params, shape),
-    opt_state=optim.truncate(tx, state.opt_state, state.params, shape),
-  )
 
 
 def _won(t: Training, winner: Candidate, track: _Track) -> TrainState:
@@ -376,7 +372,7 @@ def _won(t: Training, winner: Candidate, track: _Track) -> TrainState:
   ledger.train_seconds += own.train_seconds
   ledger.sums = own.sums
   _, tx = t.optimizer(ledger.discover_steps)
-  state = _cut(tx, winner.state, jax.device_get(winner.state.ranks))
+  state = cut_to(tx, winner.state, jax.device_get(winner.state.ranks))
   ledger.ranks = plain_ranks(state.ranks)
   return t.placement.put(state, state.params)
 

@@ -11,7 +11,7 @@ import optax
 from flax import struct
 
 from maestro import lowrank, streams, trees
-from maestro.training import losses, optim
+from maestro.training import average, losses, optim
 
 
 class TrainState(struct.PyTreeNode):
@@ -30,6 +30,8 @@ class TrainState(struct.PyTreeNode):
     controls: {"lam": float32 weight of the proximal step, "force": the one that
       it has when it has any} while a controller moves it; {} where it is the
       config's.
+    ema: {"params": ..., "batch_stats": ...}, their moving averages; {} where
+      none is kept, see `training.average`.
   """
 
   step: jax.Array
@@ -41,6 +43,7 @@ class TrainState(struct.PyTreeNode):
   metrics: dict[str, jax.Array]
   levels: Any = struct.field(default_factory=dict)
   controls: Any = struct.field(default_factory=dict)
+  ema: Any = struct.field(default_factory=dict)
 
 
 def zero_metrics(loss: str) -> dict[str, jax.Array]:
@@ -58,8 +61,10 @@ def new_state(
   ranks: trees.Tree,
   levels: trees.Tree | None = None,
   controls: trees.Tree | None = None,
+  *,
+  averages: bool = False,
 ) -> TrainState:
-  """Returns the state at step 0."""
+  """Returns the state at step 0; with moving averages, if it is to keep any."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -70,6 +75,7 @@ def new_state(
     metrics=zero_metrics(loss),
     levels=levels or {},
     controls=controls or {},
+    ema=average.begin(params, batch_stats) if averages else {},
   )
 
 
@@ -113,6 +119,7 @@ def at_ranks(state: TrainState, ranks: Any) -> TrainState:
     ranks=ranks,
     params=lowrank.mask(state.params, ranks),
     opt_state=optim.mask(state.opt_state, state.params, ranks),
+    ema=_edited(state.ema, lambda params: lowrank.mask(params, ranks)),
   )
 
 
@@ -122,13 +129,43 @@ def truncate_state(
   """Cuts parameters and optimizer state to the current ranks."""
   if not state.ranks:
     return state
-  ranks = jax.device_get(state.ranks)
+  return cut_to(tx, state, jax.device_get(state.ranks), multiple_of)
+
+
+def cut_to(
+  tx: optax.GradientTransformation,
+  state: TrainState,
+  ranks: Any,
+  multiple_of: int = 1,
+) -> TrainState:
+  """Cuts parameters and what mirrors them to ranks, on the host."""
+
+  def cut(params):
+    return lowrank.truncate(params, ranks, multiple_of)
+
   return state.replace(
-    params=lowrank.truncate(state.params, ranks, multiple_of),
+    params=cut(state.params),
     opt_state=optim.truncate(
       tx, state.opt_state, state.params, ranks, multiple_of
     ),
+    ema=_edited(state.ema, cut),
   )
+
+
+def _edited(ema: Any, edit: Callable[[Any], Any]) -> Any:
+  return ema | {"params": edit(ema["params"])} if ema else ema
+
+
+def begin_average(state: TrainState) -> TrainState:
+  """Starts the moving average anew at the weights, if the state has one."""
+  if not state.ema:
+    return state
+  return state.replace(ema=average.begin(state.params, state.batch_stats))
+
+
+def averaged(state: TrainState) -> TrainState:
+  """Returns the network that a run stands for: its average, if it has one."""
+  return state.replace(**state.ema) if state.ema else state
 
 
 def form_of(params: Any) -> str:

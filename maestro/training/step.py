@@ -10,7 +10,8 @@ import optax
 from maestro import lowrank
 from maestro.parallel.mesh import split_batch
 from maestro.parallel.rules import Placement
-from maestro.training import losses
+from maestro.training import average, losses
+from maestro.training.accumulate import mean_gradient
 from maestro.training.config import FullPass
 from maestro.training.levels import Level
 from maestro.training.state import TrainState
@@ -32,6 +33,8 @@ def make_step(
   full_pass: FullPass | None,
   placement: Placement,
   level: Level | None = None,
+  accumulate: int = 1,
+  ema: float | None = None,
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Returns step(state, data) -> (state, loss of this step).
 
@@ -52,6 +55,96 @@ def make_step(
 
   Where a controller moves the weight of the optimizer's proximal step, the
   state holds it.
+
+  With `accumulate` = k, a batch runs as k micro-batches, see
+  `training.accumulate`; their gradients are averaged in float32. Images are
+  preprocessed and ranks sampled once a step, so only dropout and the statistics
+  of batch norm, which are those of the micro-batches in order, are not the
+  plain step's.
+
+  Where the state has moving averages, they follow with the decay `ema`.
+  """
+  task = _make_task(model, loss, full_pass, placement, level)
+
+  def step(state: TrainState, data: Data) -> tuple[TrainState, jax.Array]:
+    key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+    key = jax.random.fold_in(key, state.step)
+    key_rank, key_image, key_dropout = jax.random.split(key, 3)
+    start = (state.step % steps_per_epoch) * batch_size
+    batch = jax.lax.dynamic_slice_in_dim(data["order"], start, batch_size)
+    x, y = data["inputs"][batch], data["targets"][batch]
+    x, y = split_batch((x, y), placement.mesh)
+    x = preprocess(x, key_image)
+    ranks = (sampler(key_rank, state.ranks), state.ranks)
+
+    live, own = state.ranks, state.batch_stats
+    if level is not None:
+      live = level.ranks
+      own = level.statistics(state) if own else own
+
+    def penalty_of(params):
+      if not lam or penalty is None:
+        return jnp.zeros((), jnp.float32)
+      part = params if level is None else lowrank.truncate(params, live)
+      return lam * penalty(part, live)
+
+    def objective(params):
+      value, aux = task(params, ranks, carried, x, y, key_dropout)
+      added = penalty_of(params)
+      return value + added, (*aux, added)
+
+    def of_part(params, carried, part, i):
+      part = split_batch(part, placement.mesh)
+      key = jax.random.fold_in(key_dropout, i)
+      grad = jax.value_and_grad(task, has_aux=True)
+      (_, aux), grads = grad(params, ranks, carried, *part, key)
+      return aux, placement.constrain(grads, params)
+
+    carried = (own, state.batch_stats)
+    if accumulate == 1:
+      grad = jax.value_and_grad(objective, has_aux=True)
+      (total, (sums, carried, added)), grads = grad(state.params)
+    else:
+      sums, grads, carried = mean_gradient(
+        of_part, state.params, carried, (x, y), accumulate
+      )
+      added, more = jax.value_and_grad(penalty_of)(state.params)
+      grads = jax.tree.map(jnp.add, grads, more)
+      total = sums["loss"] + added
+    grads = placement.constrain(grads, state.params)
+    weight = {"lam": state.controls["lam"]} if state.controls else {}
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+      grads, state.opt_state, state.params, **weight
+    )
+    sums |= {"penalty": added}
+    sums |= {"steps": 1.0, "grad_norm": optax.tree.norm(grads)}
+    new = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      metrics={k: state.metrics[k] + sums[k] for k in state.metrics},
+    )
+    new = _with_statistics(new, carried, level, full_pass is not None)
+    if ema is not None:
+      new = new.replace(
+        ema=average.follow(state.ema, new.params, new.batch_stats, ema)
+      )
+    return placement.constrain(new, new.params), total
+
+  return step
+
+
+def _make_task(
+  model: Any,
+  loss: str,
+  full_pass: FullPass | None,
+  placement: Placement,
+  level: Level | None,
+) -> Callable[..., tuple[jax.Array, Any]]:
+  """Returns task(params, ranks, carried, x, y, key) -> (loss, (sums, carried)).
+
+  `ranks` are those sampled and those that are live; `carried` the statistics of
+  the network that runs at the first ones, and of the whole one.
   """
   example_loss = losses.LOSSES[loss]
   metrics = losses.METRICS[loss]
@@ -72,72 +165,43 @@ def make_step(
     )
     return y, updates["batch_stats"]
 
-  def step(state: TrainState, data: Data) -> tuple[TrainState, jax.Array]:
-    key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-    key = jax.random.fold_in(key, state.step)
-    key_rank, key_image, key_dropout = jax.random.split(key, 3)
-    start = (state.step % steps_per_epoch) * batch_size
-    batch = jax.lax.dynamic_slice_in_dim(data["order"], start, batch_size)
-    x, y = data["inputs"][batch], data["targets"][batch]
-    x, y = split_batch((x, y), placement.mesh)
-    x = preprocess(x, key_image)
-    sampled = sampler(key_rank, state.ranks)
-
-    live, own = state.ranks, state.batch_stats
+  def task(params, ranks, carried, x, y, key):
+    (sampled, live), (own, whole) = ranks, carried
+    full = used = placement.gathered(params)
     if level is not None:
-      live = level.ranks
-      own = level.statistics(state) if own else own
-
-    def objective(params):
-      full = placement.gathered(params)
-      part, used = params, full
-      if level is not None:
-        part, used = (lowrank.truncate(tree, live) for tree in (part, used))
-      out, stats = apply(used, sampled, own, x, key_dropout)
+      used = lowrank.truncate(full, level.ranks)
+    out, stats = apply(used, sampled, own, x, key)
+    value = jnp.mean(example_loss(out, y))
+    if full_pass is None:
       whole = stats
-      task = jnp.mean(example_loss(out, y))
-      if full_pass is not None:
-        # The full network owns the statistics and teaches the sampled one; a
-        # level has its own, too.
-        ranks = state.ranks if level is None else {}
-        teacher, whole = apply(full, ranks, state.batch_stats, x, key_dropout)
-        soft = 0.0
-        if full_pass.distill:
-          soft = jnp.mean(
-            losses.distillation(out, teacher, full_pass.temperature)
-          )
-        task = (1 - full_pass.distill) * task + full_pass.distill * soft
-        task += jnp.mean(example_loss(teacher, y))
-      added = jnp.zeros((), jnp.float32)
-      if lam and penalty is not None:
-        added = lam * penalty(part, live)
-      sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
-      sums |= {"loss": task, "penalty": added}
-      return task + added, (stats, whole, sums)
-
-    grad = jax.value_and_grad(objective, has_aux=True)
-    (total, (stats, whole, sums)), grads = grad(state.params)
-    grads = placement.constrain(grads, state.params)
-    weight = {"lam": state.controls["lam"]} if state.controls else {}
-    updates, opt_state = optax.with_extra_args_support(tx).update(
-      grads, state.opt_state, state.params, **weight
-    )
-    sums |= {"steps": 1.0, "grad_norm": optax.tree.norm(grads)}
-    new = state.replace(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-      metrics={k: state.metrics[k] + sums[k] for k in state.metrics},
-    )
-    if level is None or not state.batch_stats:
-      new = new.replace(batch_stats=whole)
     else:
-      if full_pass is not None:
-        new = Level(0, {}).with_statistics(new, whole)
-      new = level.with_statistics(new, stats)
-    return placement.constrain(new, new.params), total
+      # The full network owns the statistics and teaches the sampled one; a
+      # level has its own, too.
+      live = live if level is None else {}
+      teacher, whole = apply(full, live, whole, x, key)
+      soft = 0.0
+      if full_pass.distill:
+        soft = jnp.mean(
+          losses.distillation(out, teacher, full_pass.temperature)
+        )
+      value = (1 - full_pass.distill) * value + full_pass.distill * soft
+      value += jnp.mean(example_loss(teacher, y))
+    sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
+    return value, (sums | {"loss": value}, (stats, whole))
 
-  return step
+  return task
+
+
+def _with_statistics(
+  state: TrainState, carried: Any, level: Level | None, taught: bool
+) -> TrainState:
+  """Sets the statistics of what has run: a level's, the whole network's."""
+  stats, whole = carried
+  if level is None or not state.batch_stats:
+    return state.replace(batch_stats=whole)
+  if taught:
+    state = Level(0, {}).with_statistics(state, whole)
+  return level.with_statistics(state, stats)
 
 
 def make_dispatch(
@@ -145,8 +209,7 @@ def make_dispatch(
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Compiles several steps as one call: (state, data) -> (state, losses).
 
-  On CPUs use one step per call: there, the gradient of a convolution inside a
-  loop is many times slower than outside of it.
+  On CPUs use one step per call, see `accumulate.unrolls`.
   """
 
   def scan(state: TrainState, data: Data):

@@ -22,7 +22,7 @@ from maestro.deploy import choose as allocate
 from maestro.errors import UserError
 from maestro.models import MLP, ResNet18
 from maestro.report import pareto
-from maestro.training import build, losses
+from maestro.training import build, losses, opened
 from maestro.training.config import parse
 
 CONFIG = {
@@ -54,7 +54,7 @@ def run(dataset):
   fit = np.linalg.lstsq(h, targets, rcond=None)[0]
   params["fc3"]["kernel"] = jnp.asarray(fit, jnp.float32)
   params = lowrank.decompose(params, [lowrank.Rule()], layers)
-  return build.Run(
+  return opened.Run(
     workdir=None,
     config=parse(CONFIG),
     facts=facts,

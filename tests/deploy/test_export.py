@@ -21,7 +21,7 @@ from maestro import introspect, lowrank, nn, trees
 from maestro.deploy import artifact, export, packing, stablehlo
 from maestro.errors import UserError
 from maestro.parallel.mesh import MeshShape, make_mesh
-from maestro.training import build, config
+from maestro.training import build, config, opened
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUIET = {"log": lambda line: None}
@@ -98,7 +98,7 @@ def make_run(model, facts, section, tmp="run", seed=0):
     changes[path] = node
   params = trees.replace(variables["params"], changes)
   loss = "cross_entropy" if facts.num_classes else "squared_error"
-  return build.Run(
+  return opened.Run(
     workdir=pathlib.Path(tmp),
     config=_config(section, {"name": facts.data}, loss),
     facts=facts,
@@ -532,7 +532,7 @@ def test_a_merged_layer_cannot_be_truncated(runs, tmp_path):
 
 
 def test_the_command_line(runs, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(build, "open_run", lambda *asked: runs("mlp"))
+  monkeypatch.setattr(opened, "open_run", lambda *asked: runs("mlp"))
   monkeypatch.setattr(data_lib, "make", _no_data)
   flags = {name: None for name in ("budget", "ranks", "rule", "data_dir")}
   flags |= {"workdir": "run", "checkpoint": "final", "profiles": []}

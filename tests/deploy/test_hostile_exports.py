@@ -15,7 +15,7 @@ import maestro
 from maestro.deploy import artifact, export, files
 from maestro.errors import UserError
 from maestro.runs import workdir
-from maestro.training import build, loop
+from maestro.training import loop, opened
 
 MLP = {
   "model": {"name": "mlp", "features": [12]},
@@ -38,7 +38,7 @@ INPUTS = np.random.default_rng(0).standard_normal((4, 8, 8, 1), np.float32)
 def exported(tmp_path_factory):
   root = tmp_path_factory.mktemp("hostile")
   loop.train(MLP, root / "run")
-  run = build.open_run(root / "run")
+  run = opened.open_run(root / "run")
   ranks = {"fc1": {"rank": 5}, "fc2": {"rank": 4}}
   options = export.Options(repeats=0)
   sizes = [export.Size("own", run.ranks), export.Size("small", ranks)]

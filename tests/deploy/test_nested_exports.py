@@ -12,7 +12,7 @@ from maestro.cost.budget import BudgetError
 from maestro.deploy import export as exporting
 from maestro.deploy import levels
 from maestro.report import figures
-from maestro.training import build, loop
+from maestro.training import build, loop, opened
 
 PHASE = {"schedule": {"name": "constant", "learning_rate": 0.05}}
 NETWORKS = {
@@ -38,7 +38,7 @@ def run(request, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(figures, "figures", lambda workdir: None)
     results = loop.train(config, workdir)
-  return build.open_run(workdir), results
+  return opened.open_run(workdir), results
 
 
 @pytest.fixture(scope="module")

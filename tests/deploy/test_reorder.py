@@ -9,7 +9,7 @@ from maestro import data, lowrank, trees
 from maestro.deploy import choose, reorder
 from maestro.errors import UserError
 from maestro.report import figures
-from maestro.training import build, loop
+from maestro.training import loop, opened
 
 PHASE = {"schedule": {"name": "constant", "learning_rate": 0.05}}
 
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(figures, "figures", lambda workdir: None)
     loop.train(config, workdir)
-  return build.open_run(workdir)
+  return opened.open_run(workdir)
 
 
 @pytest.fixture(scope="module")

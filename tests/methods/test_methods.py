@@ -33,7 +33,7 @@ from maestro.models import MODELS
 from maestro.report import figures
 from maestro.runs import checkpoint, metrics
 from maestro.schema import ConfigError
-from maestro.training import build, optim
+from maestro.training import build, opened, optim
 from maestro.training import loop as train
 from maestro.training.config import parse
 
@@ -375,7 +375,7 @@ def test_the_end_of_a_shortened_discover_is_kept(tmp_path, monkeypatch):
   c["checkpoint"] = {"keep": 1}
   train.train(c, tmp_path)
   assert checkpoint.list_steps(tmp_path / "checkpoints") == [16, 40]
-  assert build.open_run(tmp_path, "discover").step == 16
+  assert opened.open_run(tmp_path, "discover").step == 16
 
 
 def test_stable_ranks_are_measured_from_a_random_start(tmp_path, dense):
@@ -564,7 +564,7 @@ def test_methods_hold_for_convolutions_with_batch_norm(
   )
   results = train.train(c, tmp_path)
   assert results["final"]["metrics"]["loss"] < np.log(4)
-  run = build.open_run(tmp_path)
+  run = opened.open_run(tmp_path)
   small = lowrank.extract(run.params, run.ranks, run.layers)
   leaves = jax.tree.leaves(small)
   assert results["final"]["params"] == sum(x.size for x in leaves)

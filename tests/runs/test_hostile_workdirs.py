@@ -10,7 +10,7 @@ from maestro.errors import UserError
 from maestro.report import figures, tables
 from maestro.runs import metrics
 from maestro.runs import workdir as workdir_lib
-from maestro.training import build, loop
+from maestro.training import loop, opened
 
 PHASE = {
   "epochs": 1,
@@ -35,10 +35,10 @@ def finished(tmp_path_factory):
   return root / "run"
 
 
-def opened(workdir):
+def read_runs(workdir):
   found = []
-  for which in build.CHECKPOINTS:
-    run = build.open_run(workdir, which)
+  for which in opened.CHECKPOINTS:
+    run = opened.open_run(workdir, which)
     leaves = jax.tree_util.tree_leaves_with_path(
       (run.params, run.batch_stats, run.ranks)
     )
@@ -119,14 +119,14 @@ def check(workdir, copy, reads, damage, n, seed, capfd):
 
 @pytest.mark.parametrize("damage", [flipped, truncated])
 def test_damage_changes_no_result(damage, finished, tmp_path, capfd):
-  reads = (opened, metrics.read, reported, trained)
+  reads = (read_runs, metrics.read, reported, trained)
   check(finished, tmp_path / "copy", reads, damage, 15, 0, capfd)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [flipped, truncated])
 def test_damage_changes_no_result_in_any_use(damage, finished, tmp_path, capfd):
-  reads = (opened, metrics.read, reported, trained, drawn)
+  reads = (read_runs, metrics.read, reported, trained, drawn)
   reads += (loop.evaluate_workdir, resumed)
   check(finished, tmp_path / "copy", reads, damage, 500, 1, capfd)
 

@@ -143,6 +143,12 @@ PHASE = MINIMAL["discover"]
     ({"eval_every_epochs": 0}, "eval_every_epochs"),
     ({"log_every_steps": 0}, "log_every_steps"),
     ({"steps_per_dispatch": 0}, "steps_per_dispatch"),
+    ({"accumulate": 0}, "accumulate"),
+    ({"ema": 1.0}, "ema: 1.0 is out of range"),
+    ({"ema": 0.0}, "ema: 0.0 is out of range"),
+    ({"ema": 0.9, "method": "nested"}, r"ema: 0.9.* levels .* None"),
+    ({"accumulate": 5}, r"accumulate: 5 .*batch_size=32; 4 do"),
+    ({"accumulate": 64}, r"accumulate: 64 .*batch_size=32; 32 do"),
     ({"method": "maestra"}, "method"),
     ({"lasso": "l2"}, "lasso"),
     ({"discover": 3}, "discover"),
@@ -190,6 +196,12 @@ def test_rules_are_parsed_in_order():
 def test_a_bad_rule_is_named_by_its_index(section, key):
   with pytest.raises(ConfigError, match=rf"config.rules\[1\].{key}"):
     parse(MINIMAL | {"rules": [{"path": "a"}, section]})
+
+
+def test_keys_of_older_runs_that_are_absent_may_be_none():
+  old = parse(MINIMAL)
+  assert (old.accumulate, old.ema) == (1, None)
+  assert parse(MINIMAL | {"accumulate": None, "ema": None}) == old
 
 
 def test_devices_of_older_runs_are_a_mesh_and_not_both():

@@ -4,6 +4,7 @@ import functools
 import pathlib
 import runpy
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +20,10 @@ from maestro.lowrank import Rule
 from maestro.models.mlp import MLP
 from maestro.parallel.mesh import MeshShape, make_mesh, replicate
 from maestro.parallel.rules import Placement
-from maestro.training import losses
+from maestro.training import accumulate, losses
 from maestro.training.config import FullPass, parse
 from maestro.training.evaluate import make_evaluate
-from maestro.training.state import TrainState, zero_metrics
+from maestro.training.state import TrainState, new_state, zero_metrics
 from maestro.training.step import make_dispatch, make_step
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -166,6 +167,131 @@ def test_several_steps_of_one_dispatch_are_the_steps_of_several(close):
   (one, loss_one), (three, loss_three) = run(steps=3), run(steps=3, dispatch=3)
   np.testing.assert_allclose(loss_three, loss_one, rtol=1e-5)
   close(three.params, one.params, 1e-5)
+
+
+# ---------------------------------------------------------------------------
+# Micro-batches
+# ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["unrolled", "scanned"])
+def repeated(request, monkeypatch):
+  """Runs micro-batches as on CPUs, and as elsewhere."""
+  unrolled = request.param == "unrolled"
+  monkeypatch.setattr(accumulate, "unrolls", lambda: unrolled)
+
+
+@pytest.mark.usefixtures("repeated")
+@pytest.mark.parametrize(
+  ("parts", "full_pass"), [(2, FullPass(distill=0.5)), (8, None)]
+)
+def test_a_step_of_micro_batches_is_the_plain_step(parts, full_pass, close):
+  options = {"full_pass": full_pass, "steps": 3}
+  (plain, losses), (made, found) = (
+    run(**options),
+    run(**options, accumulate=parts),
+  )
+  np.testing.assert_allclose(found, losses, rtol=1e-5)
+  close(made.params, plain.params, 1e-5)
+  close(made.metrics, plain.metrics, 1e-5)
+
+
+def test_the_penalty_of_micro_batches_counts_once(close):
+  # Far larger than the task: twice or an eighth of it would show at once.
+  plain, made = (run(lam=100.0, accumulate=k)[0] for k in (1, 8))
+  close(gradients(made), gradients(plain), 1e-5)
+  close(made.metrics["penalty"], plain.metrics["penalty"], 1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_ranks_are_sampled_once_a_step_whatever_the_parts(parts):
+  drawn = []
+
+  def sampler(key, ranks):
+    drawn.append(jax.random.key_data(key))
+    return sampling.independent(key, ranks)
+
+  run(sampler=sampler, accumulate=parts)
+  assert len(drawn) == 1
+
+
+@pytest.mark.usefixtures("repeated")
+def test_micro_batches_split_over_devices(close):
+  (one, loss_one), (four, loss_four) = (
+    run(devices, steps=2, accumulate=4) for devices in (1, 4)
+  )
+  np.testing.assert_allclose(loss_four, loss_one, rtol=1e-5)
+  close(jax.device_get(four.params), jax.device_get(one.params), 1e-5)
+
+
+def test_gradients_are_averaged_in_float32():
+  # In bfloat16, 1 + 2^-9 is 1.
+  given = jnp.asarray([1.0] + [2.0**-9] * 7, jnp.bfloat16)
+
+  def function(params, carried, part, i):
+    del params, i
+    return (part[0], carried), part[0]
+
+  mean, grads, _ = accumulate.mean_gradient(function, None, {}, given, 8)
+  assert grads.dtype == mean.dtype == jnp.float32
+  assert float(grads) == float(mean) == (1 + 7 * 2.0**-9) / 8
+
+
+class Normed(linen.Module):
+  """A batch norm with weights around it."""
+
+  @linen.compact
+  def __call__(self, x, train=False):
+    x = linen.Dense(5, use_bias=False, name="first")(x)
+    norm = linen.BatchNorm(not train, momentum=0.6, name="norm")
+    return linen.Dense(4, name="last")(jnp.tanh(norm(x)))
+
+
+def test_statistics_are_those_of_the_micro_batches_in_order(close):
+  x, y, _ = problem()
+  variables = Normed().init(jax.random.key(0), x)
+  params, stats = variables["params"], variables["batch_stats"]
+  step = make_step(
+    Normed(),
+    SGD,
+    loss="cross_entropy",
+    preprocess=preprocess,
+    sampler=sampling.full,
+    batch_size=12,
+    steps_per_epoch=4,
+    lam=0.0,
+    penalty=None,
+    full_pass=None,
+    placement=Placement(make_mesh(MeshShape(data=1)), {}),
+    accumulate=3,
+  )
+  state = new_state(0, "cross_entropy", SGD, params, stats, {})
+  order = data_lib.epoch_order(0, 0, SIZE)
+  state, loss = jax.jit(step)(
+    state, {"inputs": x, "targets": y, "order": order}
+  )
+
+  def task(params, stats, batch):
+    out, new = Normed().apply(
+      {"params": params, "batch_stats": stats},
+      x[batch],
+      train=True,
+      mutable=["batch_stats"],
+    )
+    loss = jnp.mean(losses.cross_entropy(out, jnp.asarray(y[batch])))
+    return loss, new["batch_stats"]
+
+  wanted, total = jax.tree.map(jnp.zeros_like, params), 0.0
+  for i in range(3):  # every third example
+    part = np.asarray(order)[:12][i::3]
+    grad = jax.value_and_grad(task, has_aux=True)
+    (value, stats), grads = grad(params, stats, part)
+    wanted = jax.tree.map(lambda a, b: a + b / 3, wanted, grads)
+    total += value / 3
+  assert float(loss) == pytest.approx(float(total), rel=1e-5)
+  found = jax.tree.map(lambda a, b: a - b, params, state.params)
+  close(found, wanted, 1e-5)
+  close(state.batch_stats, stats, 1e-5)
 
 
 def test_a_batch_that_does_not_exist_of_devices_is_refused():
