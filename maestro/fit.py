@@ -25,8 +25,8 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
+import maestro.main  # noqa: F401  (which defines --config)
 from maestro import cli
 from maestro import data as data_lib
 from maestro.errors import UserError
@@ -42,20 +42,16 @@ from maestro.training.footprint import Largest, Row, largest_batch, measure
 EXIT_TOO_LARGE = 1
 
 
-def _define_flags() -> None:
-  # Not at import: other command lines that use this module have their own.
-  config_flags.DEFINE_config_file(
-    "config", None, "Config file, with variants after a colon."
-  )
-  flags.DEFINE_string("topology", None, "What to compile for, e.g. v5e:4x4.")
-  flags.DEFINE_float(
-    "memory_gib",
-    None,
-    "Memory of a device in GiB; the default is what the chip leaves a program.",
-    lower_bound=0.0,
-  )
-  flags.DEFINE_bool("search", True, "Search for the largest batch that fits.")
-  flags.DEFINE_string("json", None, "File that gets everything as JSON.")
+flags.declare_key_flag("config")
+flags.DEFINE_string("topology", None, "What to compile for, e.g. v5e:4x4.")
+flags.DEFINE_float(
+  "memory_gib",
+  None,
+  "Memory of a device in GiB; the default is what the chip leaves a program.",
+  lower_bound=0.0,
+)
+flags.DEFINE_bool("search", True, "Search for the largest batch that fits.")
+flags.DEFINE_string("json", None, "File that gets everything as JSON.")
 
 
 def main(argv: list[str]) -> None:
@@ -281,5 +277,4 @@ def _size(n: float | None) -> str | None:
 
 
 if __name__ == "__main__":
-  _define_flags()
   cli.run(main)

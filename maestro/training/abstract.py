@@ -69,10 +69,10 @@ class Abstract:
   steps: int
   platform: str
 
-  def compile(self) -> Any:
-    """Compiles the program for its devices, which need not be there."""
+  def lower(self) -> Any:
+    """Lowers the program, as it goes to the compiler of its platform."""
     with tracing_for(self.platform):
-      return self.program.lower(self.state, self.data).compile()
+      return self.program.lower(self.state, self.data)
 
   @property
   def batch_bytes(self) -> int:

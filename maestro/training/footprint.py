@@ -105,7 +105,7 @@ def measure(c: Config, form: Form, devices: Sequence[Any], limit: float) -> Row:
   }
   began = time.monotonic()
   try:
-    compiled = a.compile()
+    compiled = a.lower().compile()
   except RuntimeError as error:
     short = programs.shortage(error)
     if short is None:
