@@ -189,6 +189,8 @@ def _next(
   known = sorted((n, r.memory.peak) for n, r in rows.items() if r.memory)
   if len(known) < 2:
     size = min(2 * low, most) if low else high // 2
+    if low and size >= high:
+      size = (low + high) // 2
   else:
     # Through what is known on both sides, or through the two largest sizes.
     sides = [(n, peak) for n, peak in known if n in (low, high)]
