@@ -181,7 +181,9 @@ def table(rows: Sequence[Row]) -> str:
   return text_table(lines)
 
 
-def _moved(row: Row, kind: str) -> str:
+def _moved(row: Row, kind: str) -> str | None:
+  if row.memory is None:
+    return None
   found = row.collectives.get(kind, {"count": 0, "bytes": 0})
   return f"{found['count']}: {_size(found['bytes'])}"
 
@@ -217,14 +219,14 @@ def remedies(
   """Names the keys that lower what a program needs, the largest part first."""
   parts, memory = row.parts, row.memory
   held = parts["params"] + parts["optimizer"]
-  temporaries = (row.needed or 0) - sum(
-    size for name, size in parts.items() if name != "batch"
-  )
+  temporaries = (row.needed or 0) - row.held
   if memory is not None:
     temporaries = memory.temporaries
   batch = "lower it"
-  if largest is not None and largest.batch_size:
+  if largest is not None:
     batch = f"{largest.batch_size} fits"
+    if largest.batch_size is None:
+      batch = "none that was tried fits, so change what follows, too"
   size = f"config.batch_size (now {c.batch_size}): {batch}"
   more = [
     f"config.{key}: {why}"

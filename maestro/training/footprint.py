@@ -56,6 +56,11 @@ class Row:
   seconds: float = 0.0
   message: str = ""
 
+  @property
+  def held(self) -> int:
+    """Bytes that do not depend on the batch: the state and the data set."""
+    return sum(n for name, n in self.parts.items() if name != "batch")
+
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
@@ -154,6 +159,9 @@ def largest_batch(
   """
   most -= most % unit
   rows, stopped = {first.batch_size: first}, ""
+  if first.held > limit:
+    tried = {first.batch_size: first.needed}
+    return Largest(None, 0, "what no batch changes is too large", tried)
   while len(rows) <= _TRIES:
     size = _next(rows, limit, unit, most)
     if size is None:

@@ -311,7 +311,7 @@ def test_an_outline_needs_no_files_and_no_memory(tmp_path):
   assert sizes == [100, 500, 10_000]
   assert outline.train.inputs.shape == (100, 32, 32, 3)
   assert outline.train.inputs.strides == (0, 0, 0, 0)
-  with pytest.raises(DataError, match="config.data.train_examples"):
+  with pytest.raises(data.DataError, match="train_examples=55001"):
     data.outline("mnist", val_examples=5000, train_examples=55_001)
   with pytest.raises(ConfigError, match="val_examples"):
     data.outline("mnist", val_example=3)

@@ -1,6 +1,7 @@
 """What programs take: the parts of their memory, and the search for a batch."""
 
 import copy
+import dataclasses
 
 import jax
 import pytest
@@ -110,6 +111,14 @@ def test_no_batch_fits_where_parameters_do_not():
   found = largest_batch(measured, measured(64), 10, unit=16, most=1077)
   assert found.batch_size is None and found.compilations == 1
   assert found.why == "32 does not fit"
+
+
+def test_no_batch_is_tried_where_the_state_alone_is_too_large():
+  first = dataclasses.replace(
+    row_of(64, 10, 9), parts={"params": 6, "optimizer": 4, "batch": 1}
+  )
+  found = largest_batch(lambda size: first, first, 9, unit=16, most=1077)
+  assert (found.batch_size, found.compilations) == (None, 0)
 
 
 def test_a_search_ends_where_a_config_refuses_a_batch():
