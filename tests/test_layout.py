@@ -107,7 +107,7 @@ ROOMS = (
   ),
   *("report", "training", "deploy"),
 )
-COMMANDS = ("main", "search", "allocate", "export", "chaos")
+COMMANDS = ("main", "search", "allocate", "export", "chaos", "fit")
 LIBRARY = [path for path in FILES if _in(path, "maestro")]
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ __all__ = [
   "choice",
   "epoch_order",
   "make",
+  "outline",
 ]
 DATASETS = {
   "cifar10": image.cifar10,
@@ -51,12 +54,34 @@ def make(
     ConfigError: If the name or an option is unknown or out of range.
     DataError: If the data cannot be read, or options do not go together.
   """
-  section = {"name": name, "data_dir": data_dir, **options}
+  load, given = _bound({"name": name, "data_dir": data_dir, **options})
+  return load(**given)
+
+
+def outline(name: str, **options) -> Dataset:
+  """Returns the sizes, types and preprocessing of a data set, without files.
+
+  The numbers of sets that are read from files are all zero, and take no memory;
+  other sets are made as by `make`, whose options these are.
+
+  Raises:
+    ConfigError: If the name or an option is unknown or out of range.
+    DataError: If options do not go together.
+  """
+  load, given = _bound({"name": name, "data_dir": None, **options})
+  if name not in image.KNOWN:
+    return load(**given)
+  given.pop("data_dir", None)
+  return image.outline(name, **given)
+
+
+def _bound(section: dict[str, Any]) -> tuple[Callable[..., Dataset], dict]:
+  """Returns how config.data is loaded, and its options, checked."""
   load, options = choose(DATASETS, section, "config.data")
   if "data_dir" not in inspect.signature(load).parameters:
     del options["data_dir"]
   given = {k: v for k, v in options.items() if v is not None}
-  return load(**bind(load, given, "config.data"))
+  return load, bind(load, given, "config.data")
 
 
 def epoch_order(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -32,13 +33,7 @@ def cifar10(
   Training images are padded by 4 black pixels, cropped back at random and
   mirrored at random, before they are standardized (the paper's recipe).
   """
-  preprocess = functools.partial(
-    standardize,
-    mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2023, 0.1994, 0.2010),
-    augmentation=augment.pad_crop_flip,
-  )
-  return _load("cifar10", data_dir, val_examples, train_examples, preprocess)
+  return _load("cifar10", data_dir, val_examples, train_examples)
 
 
 def fashion_mnist(
@@ -48,10 +43,7 @@ def fashion_mnist(
   train_examples: Count | None = None,
 ) -> Dataset:
   """Load Fashion-MNIST: 28x28x1 uint8, 10 classes; see `_load`."""
-  preprocess = functools.partial(standardize, mean=0.2860, std=0.3530)
-  return _load(
-    "fashion_mnist", data_dir, val_examples, train_examples, preprocess
-  )
+  return _load("fashion_mnist", data_dir, val_examples, train_examples)
 
 
 def mnist(
@@ -61,8 +53,7 @@ def mnist(
   train_examples: Count | None = None,
 ) -> Dataset:
   """Load MNIST: 28x28x1 uint8, 10 classes; see `_load`."""
-  preprocess = functools.partial(standardize, mean=0.1307, std=0.3081)
-  return _load("mnist", data_dir, val_examples, train_examples, preprocess)
+  return _load("mnist", data_dir, val_examples, train_examples)
 
 
 def standardize(
@@ -89,7 +80,86 @@ def standardize(
   return (jnp.asarray(inputs, jnp.float32) / 255 - m) / s
 
 
-def _load(name, data_dir, val_examples, train_examples, preprocess) -> Dataset:
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """What is known of an image set without its files; all have ten classes.
+
+  Attributes:
+    shape: of an image.
+    train: images of the stored train split.
+    test: images of the test split.
+    preprocess: see `Dataset`.
+  """
+
+  shape: tuple[int, int, int]
+  train: int
+  test: int
+  preprocess: Callable[..., jax.Array]
+
+
+KNOWN = {
+  "cifar10": Known(
+    (32, 32, 3),
+    50_000,
+    10_000,
+    functools.partial(
+      standardize,
+      mean=(0.4914, 0.4822, 0.4465),
+      std=(0.2023, 0.1994, 0.2010),
+      augmentation=augment.pad_crop_flip,
+    ),
+  ),
+  "fashion_mnist": Known(
+    (28, 28, 1),
+    60_000,
+    10_000,
+    functools.partial(standardize, mean=0.2860, std=0.3530),
+  ),
+  "mnist": Known(
+    (28, 28, 1),
+    60_000,
+    10_000,
+    functools.partial(standardize, mean=0.1307, std=0.3081),
+  ),
+}
+
+
+def outline(
+  name: str,
+  *,
+  val_examples: Count = 5000,
+  train_examples: Count | None = None,
+) -> Dataset:
+  """Return a data set of zeros that has the sizes of a known one.
+
+  It takes no memory and no files; the arrays are read-only.
+
+  Args:
+    name: A key of `KNOWN`.
+    val_examples: As in loading it.
+    train_examples: As in loading it.
+
+  Raises:
+    DataError: If `val_examples` or `train_examples` is out of range.
+  """
+  known = KNOWN[name]
+
+  def zeros(n):
+    x = np.broadcast_to(np.zeros((), np.uint8), (n, *known.shape))
+    return Split(x, np.broadcast_to(np.zeros((), np.int32), (n,)))
+
+  n = known.train - val_examples
+  return Dataset(
+    name=name,
+    train=zeros(_train_size(name, n, val_examples, train_examples)),
+    val=zeros(val_examples),
+    test=zeros(known.test),
+    num_classes=10,
+    preprocess=known.preprocess,
+  )
+
+
+def _load(name, data_dir, val_examples, train_examples) -> Dataset:
   """Read a prepared image set into host memory; never download.
 
   The validation split is the *last* `val_examples` of the stored train split.
@@ -103,7 +173,6 @@ def _load(name, data_dir, val_examples, train_examples, preprocess) -> Dataset:
     val_examples: Size of the validation split, in (0, n) for n train examples.
     train_examples: Train on the first so many of the rest, for short runs;
       None is all of them.
-    preprocess: Of the data set, see `Dataset`.
 
   Returns:
     Inputs [n, h, w, c] uint8, targets [n] int32.
@@ -124,7 +193,7 @@ def _load(name, data_dir, val_examples, train_examples, preprocess) -> Dataset:
       val=_read(train, range(n, len(train))),
       test=_read(test, range(len(test))),
       num_classes=train.dataset_info.features["label"].num_classes,
-      preprocess=preprocess,
+      preprocess=KNOWN[name].preprocess,
     )
   except (DataError, ImportError, MemoryError):
     raise  # Not the data's fault.

@@ -27,6 +27,7 @@ _MANY_PIXELS = 64
 _BLOCK = 1 << 19  # numbers of a block's matrices: 2 MB of float32
 
 _portable = contextvars.ContextVar("portable", default=False)
+_target = contextvars.ContextVar[str | None]("target", default=None)
 
 
 @contextlib.contextmanager
@@ -41,6 +42,16 @@ def portable() -> Iterator[None]:
     yield
   finally:
     _portable.reset(token)
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str) -> Iterator[None]:
+  """Traces programs as a host of "tpu" or "gpu" would, whatever this one is."""
+  token = _target.set(platform)
+  try:
+    yield
+  finally:
+    _target.reset(token)
 
 
 def convolution(
@@ -82,7 +93,7 @@ def convolution(
     **options,
   )
   if (
-    (_portable.get() or jax.default_backend() == "cpu")
+    (_portable.get() or (_target.get() or jax.default_backend()) == "cpu")
     and channels_last
     and feature_group_count == 1
     and set(lhs_dilation) <= {1}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,13 +29,18 @@ class MeshShape:
   model: int = 1
 
 
-def make_mesh(shape: MeshShape) -> Mesh:
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
   """Returns a mesh over the first devices that a shape asks for.
+
+  Args:
+    shape: of the mesh.
+    devices: to choose from; None is all that are there.
 
   Raises:
     UserError: there are too few devices, or they cannot be divided so.
   """
-  devices, sizes = jax.devices(), dataclasses.asdict(shape)
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dataclasses.asdict(shape)
   there = f"there are {len(devices)} ({devices[0].platform})"
   if bad := {k: n for k, n in sizes.items() if n < 1 and n != -1}:
     raise UserError(f"config.mesh: {bad}; use -1 or a number of devices")

@@ -5,18 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from maestro import trees
 
 
-def unrolls() -> bool:
+def unrolls(mesh: Mesh) -> bool:
   """Whether repetitions within a program are unrolled: on CPUs.
 
   There the gradient of a convolution inside a loop is many times slower than
   outside of it, and rounds differently. Elsewhere a loop compiles once, however
   often it runs.
   """
-  return jax.default_backend() == "cpu"
+  return mesh.devices.flat[0].platform == "cpu"
 
 
 def micro_batches(batch: Any, k: int) -> Any:
@@ -32,7 +33,13 @@ def micro_batches(batch: Any, k: int) -> Any:
 
 
 def mean_gradient(
-  function: Callable, params: Any, carried: Any, batch: Any, k: int
+  function: Callable,
+  params: Any,
+  carried: Any,
+  batch: Any,
+  k: int,
+  *,
+  unroll: bool,
 ) -> tuple[Any, Any, Any]:
   """Returns (means, gradient, carried) over the micro-batches, in order.
 
@@ -47,6 +54,7 @@ def mean_gradient(
     carried: before the first micro-batch.
     batch: arrays [b, ...].
     k: how many micro-batches it is made of.
+    unroll: whether without a loop, see `unrolls`.
   """
 
   def one(so_far: Any, part: Any) -> tuple[Any, None]:
@@ -65,7 +73,7 @@ def mean_gradient(
     lambda x: jnp.zeros(x.shape, trees.wide_dtype(x.dtype)), (values, grads)
   )
   so_far = (carried, sums)
-  if unrolls():
+  if unroll:
     for i in range(k):
       part = jnp.int32(i), jax.tree.map(lambda x, i=i: x[i], parts)
       so_far, _ = one(so_far, part)

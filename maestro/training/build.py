@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -206,13 +206,13 @@ class Training:
   judge: Callable[[int], Callable[..., float]]
 
 
-def check(c: Config) -> None:
+def check(c: Config, devices: Sequence[Any] | None = None) -> None:
   """Checks what needs no data: devices, the method's pieces, the optimizer.
 
   Raises:
     UserError: names the key.
   """
-  make_mesh(c.mesh)
+  make_mesh(c.mesh, devices)
   methods.check(c.method, settings(c))
   periods_of(c, clock_of(c, 1))
   for name in PHASES:  # whether a warm-up fits, only the data can tell
@@ -221,13 +221,17 @@ def check(c: Config) -> None:
   optim.make(c.optimizer, optax.constant_schedule(0.0))
 
 
-def make_training(c: Config) -> Training:
-  """Builds everything that a config describes, its data set included.
+def make_training(
+  c: Config,
+  devices: Sequence[Any] | None = None,
+  dataset: data_lib.Dataset | None = None,
+) -> Training:
+  """Builds what a config describes, of what is there or what is given.
 
   Raises:
     UserError: a section does not fit, or data is missing or damaged.
   """
-  mesh, dataset = make_mesh(c.mesh), data_lib.make(**c.data)
+  mesh, dataset = make_mesh(c.mesh, devices), dataset or data_lib.make(**c.data)
   facts = Facts.of(dataset)
   model = make_model(c, facts)
   layers = nn.layers(model, facts.example)
@@ -302,7 +306,7 @@ def make_training(c: Config) -> Training:
     dense=dense,
     method=method,
     clock=clock,
-    steps_per_dispatch=c.steps_per_dispatch or _dispatch_size(n),
+    steps_per_dispatch=c.steps_per_dispatch or _dispatch_size(n, mesh),
     periods=periods_of(c, clock),
     # A backward pass is taken as two forward passes.
     macs_per_example=6 if c.full_pass and not method.nested else 3,
@@ -360,9 +364,10 @@ def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
       f" {c.data['name']!r}, {n} examples"
     )
   if c.batch_size % devices:
+    nearest = _nearest(c.batch_size, devices)
     raise ConfigError(
       f"config.batch_size: {c.batch_size} cannot be split over {devices}"
-      f" devices; {_nearest(c.batch_size, devices)} can, or change config.mesh"
+      f" devices; {nearest} can, or change config.mesh"
     )
   if c.micro_batch % devices:
     nearest = _nearest(c.batch_size, devices * c.accumulate)
@@ -379,9 +384,9 @@ def _nearest(size: int, devices: int) -> int:
   return max(round(size / devices), 1) * devices
 
 
-def _dispatch_size(steps_per_epoch: int) -> int:
+def _dispatch_size(steps_per_epoch: int, mesh: Mesh) -> int:
   """1 where loops are slow; else a divisor, for one program a phase."""
-  if unrolls():
+  if unrolls(mesh):
     return 1
   return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
 

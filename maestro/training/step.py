@@ -11,7 +11,7 @@ from maestro import lowrank
 from maestro.parallel.mesh import split_batch
 from maestro.parallel.rules import Placement
 from maestro.training import average, losses
-from maestro.training.accumulate import mean_gradient
+from maestro.training.accumulate import mean_gradient, unrolls
 from maestro.training.config import FullPass
 from maestro.training.levels import Level
 from maestro.training.state import TrainState
@@ -106,7 +106,12 @@ def make_step(
       (total, (sums, carried, added)), grads = grad(state.params)
     else:
       sums, grads, carried = mean_gradient(
-        of_part, state.params, carried, (x, y), accumulate
+        of_part,
+        state.params,
+        carried,
+        (x, y),
+        accumulate,
+        unroll=unrolls(placement.mesh),
       )
       added, more = jax.value_and_grad(penalty_of)(state.params)
       grads = jax.tree.map(jnp.add, grads, more)

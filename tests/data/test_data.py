@@ -285,6 +285,44 @@ def test_standardize():
   np.testing.assert_allclose(out, [[-0.5, 1.5]], rtol=1e-6)
 
 
+# --- sizes without files ---
+
+
+def same_sizes(outline, whole):
+  """Checks an outline against the data set that it is of."""
+  assert (outline.name, outline.num_classes) == (whole.name, whole.num_classes)
+  for name in ("train", "val", "test"):
+    ours, real = getattr(outline, name), getattr(whole, name)
+    for part in ("inputs", "targets"):
+      a, b = getattr(ours, part), getattr(real, part)
+      assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("name", ["digits", "linear"])
+def test_an_outline_of_a_set_without_files_is_the_set(name):
+  same_sizes(data.outline(name), data.make(name))
+
+
+def test_an_outline_needs_no_files_and_no_memory(tmp_path):
+  outline = data.outline(
+    "cifar10", data_dir=tmp_path, val_examples=500, train_examples=100
+  )
+  sizes = [len(x) for x in (outline.train, outline.val, outline.test)]
+  assert sizes == [100, 500, 10_000]
+  assert outline.train.inputs.shape == (100, 32, 32, 3)
+  assert outline.train.inputs.strides == (0, 0, 0, 0)
+  with pytest.raises(data.DataError, match="train_examples=55001"):
+    data.outline("mnist", val_examples=5000, train_examples=55_001)
+  with pytest.raises(ConfigError, match="val_examples"):
+    data.outline("mnist", val_example=3)
+
+
+def test_an_outline_is_preprocessed_as_the_set_is(tmp_path):
+  write_images(tmp_path, shape=(28, 28, 1))
+  whole = data.make("mnist", data_dir=tmp_path, val_examples=4)
+  assert data.outline("mnist").preprocess is whole.preprocess
+
+
 # --- image sets, whole ---
 
 
@@ -294,7 +332,9 @@ def whole_set(name):
     pytest.skip("TFDS_DATA_DIR is not set")
   if not (pathlib.Path(root) / name).is_dir():
     pytest.skip(f"TFDS_DATA_DIR has no {name}")
-  return data.make(name)
+  whole = data.make(name)
+  same_sizes(data.outline(name), whole)
+  return whole
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import flax.linen
 import jax
@@ -17,6 +16,7 @@ from maestro.lowrank import Rule
 from maestro.models.mlp import MLP
 from maestro.models.resnet import ResNet18
 from maestro.parallel.mesh import MeshShape, make_mesh, replicate
+from maestro.parallel.programs import collectives
 from maestro.parallel.rules import Placement
 from maestro.training import optim
 from maestro.training.state import (
@@ -174,10 +174,6 @@ def test_a_mesh_trains_as_one_device(name, shape, jit):
 # ---------------------------------------------------------------------------
 
 CHAIN = MLP(num_classes=8, features=(64, 48, 64))
-_COLLECTIVE = re.compile(
-  r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all"
-  r"|collective-permute)(?:-start)?\("
-)
 
 
 def exchanged(shape):
@@ -211,11 +207,7 @@ def exchanged(shape):
   y, order = np.zeros(EXAMPLES, np.int32), np.arange(EXAMPLES, dtype=np.int32)
   data = replicate({"inputs": x, "targets": y, "order": order}, mesh)
   text = jax.jit(step, donate_argnums=0).lower(state, data).compile().as_text()
-  found = []
-  for shapes, kind in _COLLECTIVE.findall(text):
-    for dims in re.findall(r"[a-z]+\d+\[([\d,]*)\]", shapes):
-      found.append((kind, tuple(map(int, filter(None, dims.split(","))))))
-  return found, params
+  return [(one.kind, one.shape) for one in collectives(text)], params
 
 
 def numbers(found):

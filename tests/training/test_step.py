@@ -178,7 +178,7 @@ def test_several_steps_of_one_dispatch_are_the_steps_of_several(close):
 def repeated(request, monkeypatch):
   """Runs micro-batches as on CPUs, and as elsewhere."""
   unrolled = request.param == "unrolled"
-  monkeypatch.setattr(accumulate, "unrolls", lambda: unrolled)
+  monkeypatch.setattr("maestro.training.step.unrolls", lambda mesh: unrolled)
 
 
 @pytest.mark.usefixtures("repeated")
@@ -232,7 +232,9 @@ def test_gradients_are_averaged_in_float32():
     del params, i
     return (part[0], carried), part[0]
 
-  mean, grads, _ = accumulate.mean_gradient(function, None, {}, given, 8)
+  mean, grads, _ = accumulate.mean_gradient(
+    function, None, {}, given, 8, unroll=True
+  )
   assert grads.dtype == mean.dtype == jnp.float32
   assert float(grads) == float(mean) == (1 + 7 * 2.0**-9) / 8
 
