@@ -479,14 +479,13 @@ def _broken(
   what: str,
   kind: type[CheckpointError] = CheckpointError,
 ) -> CheckpointError:
-  where = directory / str(step)
+  where, back = directory / str(step), _resume(directory, step)
   return kind(
-    f"checkpoint {where} {what}; delete {where} to resume from"
-    f" {_resume(directory, step)}"
+    f"checkpoint {where} {what}; delete {where} to resume from {back}"
   )
 
 
-def _misfit(directory, step: int, path: str, what: str) -> CheckpointError:
+def _misfit(directory, step, path, what: str) -> CheckpointError:
   return CheckpointError(
     f"checkpoint {directory / str(step)}: leaf {path} {what}; run with the"
     " config that wrote it, or use another workdir"
