@@ -114,7 +114,7 @@ NETWORKS = {
     levels=(75, 50, 28),
     epochs={"dense": 8, "nested10": 10, "race": 8, "fixed": 8, "lasso": 8},
     warm_up={"nested": 5, "lasso": 3},
-    drawn=10.0,
+    drawn=12.0,
   ),
 }
 
