@@ -4,6 +4,7 @@
   python -m experiments.any_size --rows=nested10,race,fixed --jobs=2
   python -m experiments.any_size --network=resnet20 --seeds=1
   python -m experiments.any_size --smoke --rows=dense,nested10
+  python -m experiments.any_size --show                # of the results kept
 
 Rows, all by the network's recipe:
 
@@ -296,6 +297,9 @@ def define_flags() -> None:
     "Percent, of race, fixed, lasso; all levels if not given.",
   )
   flags.DEFINE_bool("smoke", False, "Two epochs, one seed; not kept.")
+  flags.DEFINE_bool(
+    "show", False, "Only the table and figure of the results that are kept."
+  )
 
 
 def main(argv: list[str]) -> None:
@@ -311,9 +315,10 @@ def main(argv: list[str]) -> None:
   if not all(text.isdigit() and 0 < int(text) < 100 for text in budgets):
     raise UserError(f"--budgets: {budgets} are no percents below 100")
   smoke = values.smoke
+  jobs = jobs_of(rows, [int(text) for text in budgets])
   found: Found = runs.run_rows(
     functools.partial(_run, network=values.network, smoke=smoke),
-    jobs_of(rows, [int(text) for text in budgets]),
+    [] if values.show else jobs,
     range(1 if smoke else values.seeds),
     values.jobs,
   )
