@@ -420,9 +420,11 @@ def _epoch_axis(axes, records, epochs, *, words=True):
   """Fit the axis to the epochs; mark where discover ends."""
   low = min(float(e[0]) for e in epochs)
   high = max(float(e[-1]) for e in epochs)
+  at = _boundary(records)
+  if at is not None and at <= low:
+    low = 0.0  # a race's ranks begin there: what was before is seen, too
   axes.set_xlim(low, high if high > low else low + 1)
   axes.xaxis.get_major_locator().set_params(integer=True)
-  at = _boundary(records)
   if at is None:
     return
   axes.axvline(at, color="#6b6b6b", linewidth=1, linestyle=(0, (2, 2)))

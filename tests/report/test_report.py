@@ -445,6 +445,17 @@ def test_boundary_is_the_last_epoch_of_discover():
   assert figures._boundary([]) is None
 
 
+@pytest.mark.parametrize("first", [0.0, 1.0, 2.0])
+def test_the_words_of_both_phases_have_room_on_the_axis(first):
+  """Also where ranks begin only when a race begins them."""
+  records = [{"step": i, "epoch": i, "phase": int(i > 2)} for i in range(9)]
+  axes = matplotlib.figure.Figure().subplots()
+  figures._epoch_axis(axes, records, [np.arange(first, 9.0)])
+  low, high = axes.get_xlim()
+  assert low < 2.0 < high
+  assert low == (0.0 if first == 2.0 else first)
+
+
 def test_short_names_stay_apart():
   paths = [f"encoder/layers_{i}/self_attention/query" for i in range(12)]
   short = figures._short(paths)
