@@ -41,6 +41,18 @@ _EVALUATE = flags.DEFINE_bool(
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", None, "Prepared data for --evaluate, if not in TFDS_DATA_DIR."
 )
+_PROFILE = flags.DEFINE_integer(
+  "profile",
+  None,
+  "Steps to trace into the workdir's profile/, for XProf.",
+  lower_bound=1,
+)
+_CACHE = flags.DEFINE_string(
+  "compilation_cache",
+  None,
+  "Directory of compiled programs, which later runs take from it; the default"
+  " is JAX_COMPILATION_CACHE_DIR, or none.",
+)
 
 
 def default_workdir(config: str) -> pathlib.Path:
@@ -53,6 +65,7 @@ def default_workdir(config: str) -> pathlib.Path:
 def main(argv: list[str]) -> None:
   """Trains, resumes or evaluates, as the flags say."""
   # Imported here, so that --help and a mistyped flag answer at once.
+  from maestro.runs import compiler
   from maestro.training import loop as train
 
   if argv[1:]:
@@ -65,12 +78,15 @@ def main(argv: list[str]) -> None:
   if workdir is None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = default_workdir(name)
+  if _CACHE.value is not None:
+    compiler.use_cache(_CACHE.value)
   if _EVALUATE.value:
     print(
       json.dumps(train.evaluate_workdir(workdir, _DATA_DIR.value), indent=1)
     )
     return
-  train.train(cli.config_of(_CONFIG.value), workdir)
+  more = {} if _PROFILE.value is None else {"profile": _PROFILE.value}
+  train.train(cli.config_of(_CONFIG.value), workdir, **more)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from maestro.report import figures
 from maestro.report.tables import layer_table, level_table
 from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
+from maestro.runs.profile import Trace
 from maestro.training import build, chain, control, levels, opened, optim, race
 from maestro.training.build import Training
 from maestro.training.config import Truncate, parse
@@ -56,13 +57,18 @@ from maestro.training.state import (
 )
 
 
-def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
+def train(
+  config: Mapping[str, Any],
+  workdir: str | os.PathLike,
+  profile: int | None = None,
+) -> dict:
   """Runs, or resumes, the training that a config describes.
 
   Args:
     config: nested mapping, see `maestro.training.config.Config`.
     workdir: directory of the run. If it holds a checkpoint of the same config,
       the run resumes from it; a finished run is reported and left as it is.
+    profile: steps to trace into the workdir's profile/; None is none.
 
   Returns:
     The content of `results.json`.
@@ -86,7 +92,9 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
       workdir / "checkpoints", keep=c.checkpoint.keep
     ) as checkpoints,
     stop.polling() as stop_asked,
+    Trace(workdir / "profile", profile) as trace,
   ):
+    t = dataclasses.replace(t, program=trace.of(t.program))
     workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
 
     # --- Resume from the newest checkpoint, or start --------------------------
