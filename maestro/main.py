@@ -13,7 +13,8 @@ saves the state and exits with code 75.
 
 Variants of a config follow a colon, separated by commas (:paper,smoke); any key
 of it can be set by --config.KEY=VALUE. The workdir gets config.json,
-metrics.jsonl, checkpoints/, tensorboard/, results.json and report/.
+metrics.jsonl, checkpoints/, tensorboard/, results.json and report/, and with
+--profile=STEPS profile/.
 """
 
 import json
