@@ -87,6 +87,8 @@ def base() -> ConfigDict:
   c.log_every = config_dict.placeholder(str)
   c.init_from = config_dict.placeholder(str)
   c.accumulate = config_dict.placeholder(int)
+  c.remat = config_dict.placeholder(str)  # such as "dots"
+  c.deterministic = config_dict.placeholder(bool)
   c.ema = config_dict.placeholder(float)
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "model": 1})
   c.placement = ()

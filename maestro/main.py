@@ -13,7 +13,8 @@ saves the state and exits with code 75.
 
 Variants of a config follow a colon, separated by commas (:paper,smoke); any key
 of it can be set by --config.KEY=VALUE. The workdir gets config.json,
-metrics.jsonl, checkpoints/, tensorboard/, results.json and report/.
+metrics.jsonl, checkpoints/, tensorboard/, results.json and report/, and with
+--profile=STEPS profile/.
 
 On many hosts or GPUs, start it once for each process, by a launcher (see
 launch/README.md) or with --coordinator, --num_processes and --process_id; the
@@ -64,6 +65,18 @@ _JOIN_TIMEOUT = flags.DEFINE_float(
 _LOST_TIMEOUT = flags.DEFINE_float(
   "lost_timeout", 60.0, "Seconds of silence that mean a lost process.", 1.0
 )
+_PROFILE = flags.DEFINE_integer(
+  "profile",
+  None,
+  "Steps to trace into the workdir's profile/, for XProf.",
+  lower_bound=1,
+)
+_CACHE = flags.DEFINE_string(
+  "compilation_cache",
+  None,
+  "Directory of compiled programs, which later runs take from it; the default"
+  " is JAX_COMPILATION_CACHE_DIR, or none.",
+)
 
 
 def default_workdir(config: str) -> pathlib.Path:
@@ -87,7 +100,10 @@ def main(argv: list[str]) -> None:
     workdir = default_workdir(name)
   # Imported here, so that --help and a mistyped flag answer at once.
   from maestro.parallel import processes
+  from maestro.runs import compiler
 
+  if _CACHE.value is not None:
+    compiler.use_cache(_CACHE.value)
   if _EVALUATE.value:
     from maestro.training.loop import evaluate_workdir
 
@@ -106,7 +122,8 @@ def main(argv: list[str]) -> None:
   with processes.ending():
     from maestro.training.loop import train
 
-    train(cli.config_of(_CONFIG.value), workdir)
+    more = {} if _PROFILE.value is None else {"profile": _PROFILE.value}
+    train(cli.config_of(_CONFIG.value), workdir, **more)
 
 
 if __name__ == "__main__":

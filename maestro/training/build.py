@@ -19,6 +19,7 @@ from maestro.methods.subject import Subject
 from maestro.models import MODELS
 from maestro.parallel.mesh import Mesh, batch_devices, make_mesh
 from maestro.parallel.rules import Placement
+from maestro.runs import compiler
 from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
 from maestro.training import levels, optim, start
@@ -212,6 +213,8 @@ def check(c: Config, devices: Sequence[Any] | None = None) -> None:
   Raises:
     UserError: names the key.
   """
+  if c.deterministic:
+    compiler.use_deterministic_ops()
   make_mesh(c.mesh, devices)
   methods.check(c.method, settings(c))
   periods_of(c, clock_of(c, 1))
@@ -287,6 +290,7 @@ def make_training(
       placement=placement,
       level=level,
       accumulate=c.accumulate,
+      remat=c.remat,
       ema=c.ema,
     )
     return make_dispatch(step, steps)

@@ -25,7 +25,7 @@ PHASES = ("discover", "settle")
 
 # Keys that may be None, as absent: to a workdir, as of a run before there were
 # such keys, both are the same config.
-UNSET = ("accumulate",)
+UNSET = ("accumulate", "deterministic", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,9 @@ class Config:
     budget: of the final network, such as "macs:0.25", in place of the method's;
       a dense baseline leaves it aside.
     rules: sections of `maestro.Rule`: which layers are decomposed.
+    remat: "none" keeps what a backward pass needs; "all" computes the forward
+      pass again, and "dots" or "dots_with_no_batch_dims", policies of
+      `jax.checkpoint`, all of it but products.
     ema: decay of a moving average of the weights, such as 0.999, which is what
       is evaluated and left behind; None keeps none.
     seed: of all random numbers, see `maestro.training.streams`.
@@ -141,6 +144,8 @@ class Config:
     log_every: the same in any unit, in place of log_every_steps.
     steps_per_dispatch: steps per call of the device; None is 1 on CPUs, and up
       to 16 on accelerators.
+    deterministic: whether GPUs add in a fixed order, so that a run repeats to
+      the bit; other devices do.
     mesh: how many devices share the batch and the parameters.
     placement: where parameters lie on the mesh, by path; the first rule that
       matches holds, and where none does, the defaults of `parallel.rules`.
@@ -154,6 +159,7 @@ class Config:
   batch_size: Count
   method: Method
   accumulate: Count = 1
+  remat: Literal["none", "all", "dots", "dots_with_no_batch_dims"] = "none"
   ema: Annotated[float, Range("(0, 1)")] | None = None
   budget: str | None = None
   rules: tuple[Rule, ...] = (Rule(),)
@@ -172,6 +178,7 @@ class Config:
   log_every_steps: Count | None = None
   log_every: str | None = None
   steps_per_dispatch: Count | None = None
+  deterministic: bool = False
   mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
   placement: tuple[placements.Rule, ...] = ()
 

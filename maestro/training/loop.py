@@ -27,6 +27,7 @@ from maestro.report import figures
 from maestro.report.tables import layer_table, level_table
 from maestro.runs import checkpoint, metrics, stop
 from maestro.runs import workdir as workdir_lib
+from maestro.runs.profile import Trace
 from maestro.training import (
   agreement,
   build,
@@ -66,13 +67,18 @@ from maestro.training.state import (
 )
 
 
-def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
+def train(
+  config: Mapping[str, Any],
+  workdir: str | os.PathLike,
+  profile: int | None = None,
+) -> dict:
   """Runs, or resumes, the training that a config describes.
 
   Args:
     config: nested mapping, see `maestro.training.config.Config`.
     workdir: directory of the run. If it holds a checkpoint of the same config,
       the run resumes from it; a finished run is reported and left as it is.
+    profile: steps to trace into the workdir's profile/; None is none.
 
   Returns:
     The content of `results.json`.
@@ -98,7 +104,9 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict:
       workdir / "checkpoints", keep=c.checkpoint.keep
     ) as checkpoints,
     stop.polling() as asked,
+    Trace(workdir / "profile", profile) as trace,
   ):
+    t = dataclasses.replace(t, program=trace.of(t.program))
     workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
     agreement.workdir(workdir)
     stop_asked = processes.stop_agreed(asked)

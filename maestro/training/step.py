@@ -16,6 +16,17 @@ from maestro.training.config import FullPass
 from maestro.training.levels import Level
 from maestro.training.state import TrainState
 
+# What of a forward pass is kept for the backward one; the rest is computed
+# again. "dots" keeps products, convolutions too.
+POLICIES = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "all": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_with_no_batch_dims": (
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
+}
+
 Data = Mapping[str, jax.Array]  # inputs [n, ...], targets [n, ...], order [n]
 
 
@@ -34,6 +45,7 @@ def make_step(
   placement: Placement,
   level: Level | None = None,
   accumulate: int = 1,
+  remat: str = "none",
   ema: float | None = None,
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Returns step(state, data) -> (state, loss of this step).
@@ -62,9 +74,11 @@ def make_step(
   of batch norm, which are those of the micro-batches in order, are not the
   plain step's.
 
-  Where the state has moving averages, they follow with the decay `ema`.
+  What a backward pass needs is kept or computed again as `remat`, a key of
+  POLICIES, says. Where the state has moving averages, they follow with the
+  decay `ema`.
   """
-  task = _make_task(model, loss, full_pass, placement, level)
+  task = _make_task(model, loss, full_pass, placement, level, remat)
 
   def step(state: TrainState, data: Data) -> tuple[TrainState, jax.Array]:
     key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
@@ -89,26 +103,28 @@ def make_step(
       return lam * penalty(part, live)
 
     def objective(params):
-      value, aux = task(params, ranks, carried, x, y, key_dropout)
+      value, (out, carried) = task(params, ranks, before, x, y, key_dropout)
       added = penalty_of(params)
-      return value + added, (*aux, added)
+      sums = _sums(loss, value, out, y)
+      return value + added, (carried, sums, added)
 
     def of_part(params, carried, part, i):
       part = split_batch(part, placement.mesh)
       key = jax.random.fold_in(key_dropout, i)
       grad = jax.value_and_grad(task, has_aux=True)
-      (_, aux), grads = grad(params, ranks, carried, *part, key)
-      return aux, placement.constrain(grads, params)
+      (value, (out, carried)), grads = grad(params, ranks, carried, *part, key)
+      sums = _sums(loss, value, out, part[1])
+      return (sums, carried), placement.constrain(grads, params)
 
-    carried = (own, state.batch_stats)
+    before = (own, state.batch_stats)
     if accumulate == 1:
       grad = jax.value_and_grad(objective, has_aux=True)
-      (total, (sums, carried, added)), grads = grad(state.params)
+      (total, (carried, sums, added)), grads = grad(state.params)
     else:
       sums, grads, carried = mean_gradient(
         of_part,
         state.params,
-        carried,
+        before,
         (x, y),
         accumulate,
         unroll=unrolls(placement.mesh),
@@ -145,14 +161,14 @@ def _make_task(
   full_pass: FullPass | None,
   placement: Placement,
   level: Level | None,
+  remat: str,
 ) -> Callable[..., tuple[jax.Array, Any]]:
-  """Returns task(params, ranks, carried, x, y, key) -> (loss, (sums, carried)).
+  """Returns task(params, ranks, carried, x, y, key) -> (loss, (y', carried)).
 
   `ranks` are those sampled and those that are live; `carried` the statistics of
   the network that runs at the first ones, and of the whole one.
   """
   example_loss = losses.LOSSES[loss]
-  metrics = losses.METRICS[loss]
 
   def apply(params, ranks, stats, x, key):
     variables = {"params": params}
@@ -169,6 +185,9 @@ def _make_task(
       mutable=["batch_stats"],
     )
     return y, updates["batch_stats"]
+
+  if remat != "none":
+    apply = jax.checkpoint(apply, policy=POLICIES[remat])
 
   def task(params, ranks, carried, x, y, key):
     (sampled, live), (own, whole) = ranks, carried
@@ -191,10 +210,16 @@ def _make_task(
         )
       value = (1 - full_pass.distill) * value + full_pass.distill * soft
       value += jnp.mean(example_loss(teacher, y))
-    sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
-    return value, (sums | {"loss": value}, (stats, whole))
+    return value, (out, (stats, whole))
 
   return task
+
+
+def _sums(loss: str, value: jax.Array, out: Any, y: Any) -> dict[str, Any]:
+  """What a batch adds to the training metrics, but for the penalty."""
+  metrics = losses.METRICS[loss]
+  sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
+  return sums | {"loss": value}
 
 
 def _with_statistics(

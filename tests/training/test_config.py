@@ -144,6 +144,7 @@ PHASE = MINIMAL["discover"]
     ({"log_every_steps": 0}, "log_every_steps"),
     ({"steps_per_dispatch": 0}, "steps_per_dispatch"),
     ({"accumulate": 0}, "accumulate"),
+    ({"remat": "dot"}, "remat: 'dot' is unknown.*'dots'"),
     ({"ema": 1.0}, "ema: 1.0 is out of range"),
     ({"ema": 0.0}, "ema: 0.0 is out of range"),
     ({"ema": 0.9, "method": "nested"}, r"ema: 0.9.* levels .* None"),
@@ -200,8 +201,9 @@ def test_a_bad_rule_is_named_by_its_index(section, key):
 
 def test_keys_of_older_runs_that_are_absent_may_be_none():
   old = parse(MINIMAL)
-  assert (old.accumulate, old.ema) == (1, None)
-  assert parse(MINIMAL | {"accumulate": None, "ema": None}) == old
+  assert (old.accumulate, old.remat, old.ema) == (1, "none", None)
+  unset = dict.fromkeys(("accumulate", "remat", "ema"))
+  assert parse(MINIMAL | unset) == old
 
 
 def test_devices_of_older_runs_are_a_mesh_and_not_both():

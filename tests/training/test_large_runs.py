@@ -1,7 +1,12 @@
 """What large runs expect of the loop: micro-batches, averages, less memory."""
 
+import contextlib
 import copy
 import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +16,14 @@ import pytest
 from maestro.errors import UserError
 from maestro.parallel.mesh import replicate
 from maestro.report import figures
-from maestro.runs import checkpoint, metrics
+from maestro.runs import checkpoint, compiler, metrics
 from maestro.runs import workdir as workdir_lib
+from maestro.runs.profile import Trace
 from maestro.training import build, loop, opened
 from maestro.training import state as state_lib
 from maestro.training.config import parse
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 BASE = {
   "model": {"name": "mlp", "features": [16]},
@@ -251,3 +259,137 @@ def test_the_average_of_a_network_that_becomes_factors(method, tmp_path, close):
   results = workdir_lib.read_json(tmp_path / "results.json")
   found = loop.evaluate_workdir(tmp_path)
   assert found["test"] == pytest.approx(results["final"]["metrics"])
+
+
+# ---------------------------------------------------------------------------
+# Half precision
+# ---------------------------------------------------------------------------
+
+
+def test_bfloat16_trains_as_float32_does_with_float32_masters(tmp_path, begun):
+  half = BASE["model"] | {"dtype": "bfloat16"}
+  phase = BASE["settle"]
+  given = {"discover": phase, "settle": phase, "method": "dense", "ema": 0.5}
+  t, state, data = begun(model=half, **given)
+  out = jax.eval_shape(
+    lambda p: t.model.apply({"params": p}, data["inputs"][:2]), state.params
+  )
+  assert out.dtype == jnp.bfloat16
+  program = t.program("discover", t.clock.discover, 1)
+  state, losses = program(state, data)
+  kept = (state.params, state.opt_state, state.ema, state.metrics, losses)
+  kinds = {x.dtype for x in jax.tree.leaves(kept)}
+  assert {k for k in kinds if jnp.issubdtype(k, jnp.inexact)} == {
+    np.dtype("float32")
+  }
+  found = [
+    loop.train(config(model=model, **given), tmp_path / str(i))["final"]
+    for i, model in enumerate((BASE["model"], half))
+  ]
+  whole, rough = (r["metrics"]["loss"] for r in found)
+  assert rough == pytest.approx(whole, rel=0.03)
+  run = opened.open_run(tmp_path / "1")
+  assert {x.dtype for x in jax.tree.leaves(run.params)} == {np.dtype("float32")}
+  saved = leaves(tmp_path / "1")
+  rounded = saved["params/fc1/kernel"].astype(jnp.bfloat16).astype(np.float32)
+  assert not np.array_equal(saved["params/fc1/kernel"], rounded)
+
+
+# ---------------------------------------------------------------------------
+# Traces, determinism, compiled programs that are kept
+# ---------------------------------------------------------------------------
+
+
+def traced(directory):
+  return sorted(directory.rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+  ("steps", "made", "calls"), [(2, 5, [2, 3]), (9, 4, [2, 3, 4]), (2, 1, [])]
+)
+def test_a_trace_is_of_so_many_steps_from_the_second_dispatch_on(
+  steps, made, calls, tmp_path, monkeypatch, capsys
+):
+  on, seen = [], []
+  monkeypatch.setattr(jax.profiler, "start_trace", on.append)
+  monkeypatch.setattr(jax.profiler, "stop_trace", on.clear)
+  trace = Trace(tmp_path, steps)
+
+  def program(phase, discover, n, level=None):
+    return lambda state, data: (seen.append(bool(on)), state)[1]
+
+  with trace, contextlib.suppress(Killed):
+    for _ in range(made):
+      trace.of(program)("discover", 8, 1)(0, {})
+    raise Killed
+  assert [i for i, x in enumerate(seen, 1) if x] == calls and not on
+  said = capsys.readouterr().out
+  assert ("xprof --logdir=" if calls else "nothing to trace") in said
+
+
+def test_a_run_writes_its_trace(tmp_path):
+  phase = BASE["settle"] | {"epochs": 0}
+  given = config(method="dense", discover=BASE["settle"], settle=phase)
+  loop.train(given, tmp_path, profile=3)
+  assert len(traced(tmp_path / "profile")) == 1
+
+
+@pytest.mark.parametrize(
+  ("flags", "backend", "wanted"),
+  [
+    ("", None, "--xla_gpu_deterministic_ops=true"),
+    ("--a=1", None, "--a=1 --xla_gpu_deterministic_ops=true"),
+    ("--xla_gpu_deterministic_ops=true", "gpu", None),
+    ("--a=1", "cpu", None),
+    ("--a=1", "gpu", UserError),
+    ("--xla_gpu_deterministic_ops=false", None, UserError),
+  ],
+)
+def test_determinism_is_asked_for_before_a_gpu_starts(
+  flags, backend, wanted, monkeypatch
+):
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  monkeypatch.setattr(
+    compiler.xla_bridge, "backends_are_initialized", lambda: backend is not None
+  )
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  if wanted is UserError:
+    with pytest.raises(UserError, match=r"config\.deterministic.*XLA_FLAGS"):
+      compiler.use_deterministic_ops()
+    return
+  compiler.use_deterministic_ops()
+  assert os.environ["XLA_FLAGS"] == (wanted or flags)
+
+
+def test_a_cache_is_a_directory_that_can_be_made(tmp_path):
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    compiler.use_cache(str(tmp_path / "new" / "cache"))
+    assert (tmp_path / "new" / "cache").is_dir()
+    assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--compilation_cache"):
+      compiler.use_cache(str(tmp_path / "file" / "cache"))
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_flags_and_keys_start_a_run_in_a_new_process(tmp_path):
+  """The flag is set while no device is in use yet, and programs are kept."""
+  code = (
+    "import maestro.training.loop; from jax._src import xla_bridge;"
+    "assert not xla_bridge.backends_are_initialized();"
+    "from maestro import cli, main; cli.run(main.main)"
+  )
+  command = (
+    *(sys.executable, "-c", code),
+    f"--config={ROOT / 'configs' / 'digits_od.py'}:smoke",
+    f"--workdir={tmp_path / 'run'}",
+    f"--compilation_cache={tmp_path / 'cache'}",
+    *("--profile=2", "--config.deterministic=true", "--config.ema=0.9"),
+    *("--config.accumulate=2", "--config.remat=dots", "--config.method=dense"),
+  )
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert list((tmp_path / "cache").iterdir())
+  assert len(traced(tmp_path / "run" / "profile")) == 1

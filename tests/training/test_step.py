@@ -239,6 +239,18 @@ def test_gradients_are_averaged_in_float32():
   assert float(grads) == float(mean) == (1 + 7 * 2.0**-9) / 8
 
 
+@pytest.mark.parametrize(
+  ("remat", "parts"), [("all", 1), ("dots", 2), ("dots_with_no_batch_dims", 1)]
+)
+def test_what_is_computed_again_has_the_same_gradients(remat, parts, close):
+  full_pass = FullPass(distill=0.5)
+  plain, made = (
+    run(full_pass=full_pass, accumulate=parts, remat=name)[0]
+    for name in ("none", remat)
+  )
+  close(gradients(made), gradients(plain), 1e-6)
+
+
 class Normed(linen.Module):
   """A batch norm with weights around it."""
 
