@@ -114,13 +114,11 @@ def train(
     # --- Resume from the newest checkpoint, or start --------------------------
     state, ledger = _resume(t, checkpoints) or _start(t, workdir)
     started -= ledger.wall_seconds
-    if state.ranks:
-      ranks = state.ranks
+    if ranks := state.ranks:
       nn.check_ranks(t.model, variables_of(state), ranks, t.facts.example)
     state = t.placement.put(state, state.params)
     train_split = t.dataset.train
-    arrays = {"inputs": train_split.inputs, "targets": train_split.targets}
-    arrays = replicate(arrays, t.mesh)
+    arrays = replicate(vars(train_split), t.mesh)
     step = int(state.step)
 
     with metrics.writer(
@@ -190,12 +188,7 @@ def train(
         writer.progress(
           step,
           f"{t.clock.text(step)} {name} loss {done.loss:.3f}"
-          + "".join(
-            f" {key} {record[key]:.4f}"
-            for key in ("val/loss", "val/accuracy")
-            if key in record
-          )
-          + rank_text(jax.device_get(state.ranks)),
+          f"{_scores(record)}{rank_text(jax.device_get(state.ranks))}",
           examples_per_second=done.examples_per_second,
         )
         due, stopping = every(step, t.periods.save), stop_asked()
@@ -450,6 +443,12 @@ def _means(
     lam = float(state.controls.get("lam", lam))
     record["train/penalty"] = lam * value
   return record, reset_metrics(state)
+
+
+def _scores(record: Mapping[str, float]) -> str:
+  """What a progress line says of an evaluation, if there was one."""
+  names = [key for key in ("val/loss", "val/accuracy") if key in record]
+  return "".join(f" {key} {record[key]:.4f}" for key in names)
 
 
 def _evaluate(

@@ -63,10 +63,8 @@ def make_step(
   a full pass that one is trained in every step, and teaches the level.
 
   Parameters, and what the optimizer holds of them, stay where `placement` has
-  them; the batch is split over its mesh.
-
-  Where a controller moves the weight of the optimizer's proximal step, the
-  state holds it.
+  them; the batch is split over its mesh. Where a controller moves the weight of
+  the optimizer's proximal step, the state holds it.
 
   With `accumulate` = k, a batch runs as k micro-batches, see
   `training.accumulate`; their gradients are averaged in float32. Images are
@@ -74,9 +72,8 @@ def make_step(
   of batch norm, which are those of the micro-batches in order, are not the
   plain step's.
 
-  What a backward pass needs is kept or computed again as `remat`, a key of
-  POLICIES, says. Where the state has moving averages, they follow with the
-  decay `ema`.
+  `remat`, a key of POLICIES, says what is kept for the backward pass. Moving
+  averages, if the state has any, follow with the decay `ema`.
   """
   task = _make_task(model, loss, full_pass, placement, level, remat)
 
