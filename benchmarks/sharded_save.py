@@ -32,11 +32,6 @@ from maestro.report.tables import text_table
 WAYS = ("parts", "gathered")
 BAR = 1.3  # of a process's own part, by parts
 
-_MIB = flags.DEFINE_integer("mib", 512, "Size of the state.", lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=2)
-_OUT = flags.DEFINE_string("out", None, "Appends a JSON line for each row.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "Saves 16 MiB.")
-
 # Each process of the measurement is this program.
 _PROGRAM = """
 import sys
@@ -146,19 +141,29 @@ def table(rows: list[dict[str, Any]]) -> str:
   return text_table([[*head, "s", "bar"], *cells])
 
 
+def define_flags() -> None:
+  """Defines the command line; not at import, as flags are one global set."""
+  flags.DEFINE_integer("mib", 512, "Size of the state.", lower_bound=1)
+  flags.DEFINE_integer("processes", 2, "How many.", lower_bound=2)
+  flags.DEFINE_string("out", None, "Appends a JSON line for each row.")
+  flags.DEFINE_bool("smoke", False, "Saves 16 MiB.")
+
+
 def main(argv: list[str]) -> None:
   """Measures both ways, as the flags say."""
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
-  mib = 16 if _SMOKE.value else _MIB.value
+  values = flags.FLAGS
+  mib = 16 if values.smoke else values.mib
   rows = []
   for way in WAYS:
-    print(f"{way}: {_PROCESSES.value} processes save {mib} MiB ...", flush=True)
-    rows.append(measure(way, mib, _PROCESSES.value))
-    if _OUT.value:
-      append([rows[-1] | machine()], _OUT.value)
+    print(f"{way}: {values.processes} processes save {mib} MiB ...", flush=True)
+    rows.append(measure(way, mib, values.processes))
+    if values.out:
+      append([rows[-1] | machine()], values.out)
   print(f"\n{table(rows)}")
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run(main)

@@ -34,22 +34,6 @@ from absl import flags
 from maestro import cli
 from maestro.errors import UserError
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Directory that the run would use; needed."
-)
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT of process 0, for a run of many processes."
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "How many processes the run has.", lower_bound=1
-)
-_PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Which of them this one is, from 0.", lower_bound=0
-)
-_JOIN_TIMEOUT = flags.DEFINE_float(
-  "join_timeout", 120.0, "Seconds until all processes must be there.", 1.0
-)
-
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 OK, WARNING, FAILED = "ok", "warning", "failed"
 FEW_BYTES = 5e9  # less free space than this is worth a warning
@@ -297,21 +281,41 @@ def table(findings: list[Finding]) -> str:
   return "\n".join(lines)
 
 
+def define_flags() -> None:
+  """Defines the command line; not at import, as flags are one global set."""
+  flags.DEFINE_string(
+    "workdir", None, "Directory that the run would use; needed."
+  )
+  flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, for a run of many processes."
+  )
+  flags.DEFINE_integer(
+    "num_processes", None, "How many processes the run has.", lower_bound=1
+  )
+  flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0.", lower_bound=0
+  )
+  flags.DEFINE_float(
+    "join_timeout", 120.0, "Seconds until all processes must be there.", 1.0
+  )
+
+
 def main(argv: list[str]) -> None:
   """Checks this host, and all of them if there are others."""
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
-  if not _WORKDIR.value:
+  values = flags.FLAGS
+  if not values.workdir:
     raise UserError("--workdir=DIR is missing; name that of the run")
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = pathlib.Path(values.workdir)
   from maestro.parallel import processes
 
   out = sys.stdout  # joining silences all but the first process
   findings = [check_versions(versions()), check_workdir(workdir)]
-  coordinator = _COORDINATOR.value
+  coordinator = values.coordinator
   if coordinator is not None:
-    findings.append(check_address(coordinator, _NUM_PROCESSES.value or 1))
-    if _PROCESS_ID.value == 0:
+    findings.append(check_address(coordinator, values.num_processes or 1))
+    if values.process_id == 0:
       findings.append(check_port(coordinator))
   if any(finding.state == FAILED for finding in findings):
     # They would not meet; better to say so than to wait.
@@ -320,9 +324,9 @@ def main(argv: list[str]) -> None:
   processes.join(
     processes.Join(
       coordinator=coordinator,
-      num_processes=_NUM_PROCESSES.value,
-      process_id=_PROCESS_ID.value,
-      join_timeout=_JOIN_TIMEOUT.value,
+      num_processes=values.num_processes,
+      process_id=values.process_id,
+      join_timeout=values.join_timeout,
     )
   )
   with processes.ending():
@@ -335,4 +339,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run(main)
