@@ -104,6 +104,11 @@ def main(argv: list[str]) -> None:
 
   if _CACHE.value is not None:
     compiler.use_cache(_CACHE.value)
+  if _EVALUATE.value and (_COORDINATOR.value or _DISTRIBUTED.value):
+    raise UserError(
+      "--evaluate: one process does it; leave --coordinator and --distributed"
+      " out"
+    )
   if _EVALUATE.value:
     from maestro.training.loop import evaluate_workdir
 

@@ -75,8 +75,9 @@ def join(how: Join) -> None:
   _line = Line(place, how.join_timeout, how.lost_timeout)
   # Signals are the loop's own: this service would take SIGTERM for itself.
   jax.config.update("jax_enable_preemption_service", False)
+  host = f"[{place.host}]" if ":" in place.host else place.host
   jax.distributed.initialize(
-    f"{place.host}:{_line.port}",
+    f"{host}:{_line.port}",
     place.count,
     place.index,
     local_device_ids=devices,

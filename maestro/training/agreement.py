@@ -55,6 +55,16 @@ def data(dataset: Dataset) -> None:
   )
 
 
+def finished(path: pathlib.Path, results: Mapping[str, Any] | None) -> None:
+  """Checks that all find the same end of a run in a workdir, or none."""
+  end = {} if results is None else results["final"]
+  processes.agree(
+    f"what {path} holds",
+    json.dumps(end, sort_keys=True),
+    "--workdir must be on a file system that all hosts share",
+  )
+
+
 def workdir(path: pathlib.Path) -> None:
   """Checks that all see the directory that the first one has claimed."""
   processes.exchange("")  # it has by now

@@ -93,6 +93,7 @@ def train(
   build.check(c)  # before data is read
   agreement.configs(config)
   finished = workdir_lib.finished_results(workdir, config)
+  agreement.finished(workdir, finished)
   if finished is not None:
     return _finished(workdir, finished)
   t = build.make_training(c)
@@ -117,8 +118,7 @@ def train(
     if ranks := state.ranks:
       nn.check_ranks(t.model, variables_of(state), ranks, t.facts.example)
     state = t.placement.put(state, state.params)
-    train_split = t.dataset.train
-    arrays = replicate(vars(train_split), t.mesh)
+    arrays = replicate(vars(t.dataset.train), t.mesh)
     step = int(state.step)
 
     with metrics.writer(

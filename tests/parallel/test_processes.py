@@ -178,6 +178,14 @@ def test_processes_with_other_data_are_named(others):
     agreement.data(data.make("digits"))
 
 
+def test_the_end_of_a_run_that_not_all_see_is_said(tmp_path, others):
+  others(lambda text: text)
+  agreement.finished(tmp_path, None)
+  others(lambda text: "{}")
+  with pytest.raises(UserError, match="that all hosts share"):
+    agreement.finished(tmp_path, {"final": {"macs": 1}})
+
+
 def test_a_workdir_that_is_not_shared_is_said(tmp_path, others):
   others(lambda text: text)
   with pytest.raises(UserError, match="all hosts share"):
