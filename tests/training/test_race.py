@@ -14,6 +14,7 @@ from maestro.runs import checkpoint, metrics
 from maestro.schema import ConfigError
 from maestro.training import build, loop
 from maestro.training import race as racing
+from maestro.training import state as state_lib
 from maestro.training.config import parse
 
 BASE = {
@@ -180,7 +181,7 @@ def test_a_candidate_trains_as_if_it_were_alone(finished):
     s = racing._candidate(t, state, score, one, shape, ledger).state
     for _ in range(3):
       s, _ = t.program("settle", discover, 1)(s, data)
-    found.append(racing._cut(tx, s, jax.device_get(s.ranks)))
+    found.append(state_lib.cut_to(tx, s, jax.device_get(s.ranks)))
   a, b = (jax.tree.leaves(s) for s in found)
   for x, y in zip(a, b, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
