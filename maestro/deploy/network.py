@@ -32,6 +32,11 @@ class Settings:
     default_factory=lambda: {"name": ""}
   )
 
+  @property
+  def micro_batch(self) -> int:
+    """Examples that run at a time: nothing is accumulated."""
+    return self.batch_size
+
 
 def as_run(
   model: Any,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +108,20 @@ def make_model(c: Config, facts: Facts) -> Any:
   return cls(**bind(cls, options, where, tuple(given)), **given)
 
 
+@runtime_checkable
+class Forward(Protocol):
+  """What a forward pass over data reads of a config, or of its stand-in."""
+
+  @property
+  def loss(self) -> str: ...
+  @property
+  def micro_batch(self) -> int: ...
+  @property
+  def batch_norm_examples(self) -> int | None: ...
+
+
 def make_evaluator(
-  c: Config, model: Any, dataset: data_lib.Dataset, mesh: Mesh
+  c: Forward, model: Any, dataset: data_lib.Dataset, mesh: Mesh
 ) -> Callable:
   """Returns evaluate(variables, split) -> metrics for a config; exact."""
   # Large batches are fast; they must also split over the devices.
@@ -124,7 +136,7 @@ def make_evaluator(
 
 
 def make_recalibrator(
-  c: Config, model: Any, dataset: data_lib.Dataset, mesh: Mesh
+  c: Forward, model: Any, dataset: data_lib.Dataset, mesh: Mesh
 ) -> Callable[[Any], Any]:
   """Returns recalibrate(variables) -> variables with their own statistics.
 

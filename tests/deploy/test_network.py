@@ -13,6 +13,7 @@ from maestro.deploy import artifact, choose, export, network
 from maestro.deploy.network import Settings, as_run
 from maestro.errors import UserError
 from maestro.models import MLP
+from maestro.training import build
 
 OPTIONS = export.Options(repeats=2, keep_statistics=True)
 
@@ -99,6 +100,10 @@ def test_it_is_exported_and_loaded(case, tmp_path):
 
 def _quiet(line):
   del line
+
+
+def test_settings_say_what_a_forward_pass_reads():
+  assert isinstance(Settings(), build.Forward)
 
 
 def test_it_is_judged_by_data_of_its_own():
