@@ -13,7 +13,6 @@ own. Exit codes: 0 fit, perhaps with warnings, 1 something failed, 2 bad flags,
 deletes them again.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import ipaddress
@@ -33,6 +32,8 @@ from absl import flags
 
 from maestro import cli
 from maestro.errors import UserError
+from maestro.parallel import processes
+from maestro.runs.workdir import appears
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -109,17 +110,11 @@ def check_devices() -> Finding:
 
 def check_address(coordinator: str, count: int) -> Finding:
   """Looks whether all hosts can reach the coordinator by its name."""
-  host, _, port = coordinator.rpartition(":")
-  host = host.strip("[]")
-  if not host or not port.isdecimal():
-    raise UserError(
-      f"--coordinator: {coordinator!r} is no address; write HOST:PORT, such as"
-      " 10.0.0.1:7650"
-    )
+  host, port = processes.host_and_port(coordinator)
   check = "coordinator"
   try:
-    found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-  except (OSError, OverflowError) as error:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+  except OSError as error:
     remedy = "give an address that every host can resolve"
     return Finding(check, FAILED, f"{host}: {error}", remedy)
   address = str(found[0][4][0])
@@ -135,10 +130,10 @@ def check_address(coordinator: str, count: int) -> Finding:
 
 def check_port(coordinator: str) -> Finding:
   """Looks whether process 0 could listen; only to be called by it."""
-  host, _, port = coordinator.rpartition(":")
+  _, port = processes.host_and_port(coordinator)
   try:
-    socket.create_server((host.strip("[]"), int(port))).close()
-  except (OSError, OverflowError) as error:
+    socket.create_server(("", port)).close()
+  except OSError as error:
     remedy = "choose another port, or an address of this host"
     return Finding("port", FAILED, f"{port}: {error}", remedy)
   return Finding("port", OK, f"{port} is free")
@@ -227,22 +222,8 @@ def compare_workdirs(sees: list[bool]) -> Finding:
   return Finding("same workdir", OK, f"all {len(sees)} processes see it")
 
 
-def _seen(file: pathlib.Path) -> bool:
-  """Whether the file comes to sight; NFS may take seconds to tell of it."""
-  until = time.monotonic() + 10
-  while time.monotonic() < until:
-    with contextlib.suppress(OSError):
-      os.listdir(file.parent)  # asks the server anew
-      if file.exists():
-        return True
-    time.sleep(0.1)
-  return False
-
-
 def all_hosts(workdir: pathlib.Path) -> Iterator[Finding]:
   """Compares this process with the others; all must come here."""
-  from maestro.parallel import processes
-
   said = processes.exchange(json.dumps(versions()))
   yield compare_versions([json.loads(text) for text in said])
   # All leave an exchange at about the same time: that of the next one, at most,
@@ -257,7 +238,7 @@ def all_hosts(workdir: pathlib.Path) -> Iterator[Finding]:
     (workdir / name).touch()
   try:
     name = processes.exchange(name)[0]
-    sees = processes.exchange("yes" if _seen(workdir / name) else "no")
+    sees = processes.exchange("yes" if appears(workdir / name) else "no")
   finally:
     if processes.first() and name:
       (workdir / name).unlink(missing_ok=True)
@@ -308,8 +289,6 @@ def main(argv: list[str]) -> None:
   if not values.workdir:
     raise UserError("--workdir=DIR is missing; name that of the run")
   workdir = pathlib.Path(values.workdir)
-  from maestro.parallel import processes
-
   out = sys.stdout  # joining silences all but the first process
   findings = [check_versions(versions()), check_workdir(workdir)]
   coordinator = values.coordinator

@@ -101,6 +101,15 @@ def put(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(one, tree, shardings)
 
 
+def is_split(sharding: Any) -> bool:
+  """Whether no process has all of an array that lies so; None is a host's."""
+  return not (
+    sharding is None
+    or sharding.is_fully_addressable
+    or sharding.is_fully_replicated
+  )
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """Puts every array of a tree onto all devices of the mesh."""
   return put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -102,35 +102,54 @@ def place_of(how: Join) -> tuple[Place, list[int] | None] | None:
         f"{', '.join(missing)} missing; give all of {', '.join(given)}, or none"
       )
     count, index = how.num_processes, how.process_id
-    address, devices = how.coordinator, None
-    hosts = None
+    address, devices, hosts = how.coordinator, None, 1
   elif how.distributed or _started_by_launcher():
     address, count, index, devices = _detected(how.join_timeout)
-    hosts = int(os.environ.get("SLURM_STEP_NUM_NODES", 0)) or None
+    hosts = _number("SLURM_STEP_NUM_NODES")
   else:
     return None
   assert count is not None and index is not None and address is not None
-  host, _, port = address.rpartition(":")
-  host = host.strip("[]")
-  if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-    raise UserError(
-      f"--coordinator: {address!r} is no address; write HOST:PORT, such as"
-      " 10.0.0.1:7650"
-    )
+  host, port = host_and_port(address)
   if not 0 <= index < count:
     raise UserError(
       f"--process_id: {index} is none of {count} processes; use 0 to"
       f" {count - 1}"
     )
-  if hosts and hosts > 1:
+  if hosts > 1:
     _refuse_loopback(host, hosts)
-  return Place(host, int(port), count, index), devices
+  return Place(host, port, count, index), devices
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+  """Reads "host:port"; IPv6 addresses stand in brackets.
+
+  Raises:
+    UserError: it is none.
+  """
+  host, _, port = address.rpartition(":")
+  host = host.removeprefix("[").removesuffix("]")
+  if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+    raise UserError(
+      f"--coordinator: {address!r} is no address; write HOST:PORT, such as"
+      " 10.0.0.1:7650 or [fd00::1]:7650"
+    )
+  return host, int(port)
 
 
 def _started_by_launcher() -> bool:
-  env = os.environ
-  slurm = int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env
-  return slurm or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+  slurm = "SLURM_PROCID" in os.environ and _number("SLURM_STEP_NUM_TASKS") > 1
+  return slurm or _number("OMPI_COMM_WORLD_SIZE") > 1
+
+
+def _number(name: str) -> int:
+  """A number that a launcher has put into the environment; 1 without it."""
+  text = os.environ.get(name, "1")
+  if not text.isdecimal():
+    raise UserError(
+      f"{name}={text!r} in the environment is no number; unset it, or give"
+      " --coordinator, --num_processes and --process_id"
+    )
+  return int(text)
 
 
 def _detected(timeout: float) -> tuple[str, int, int, list[int] | None]:
@@ -143,8 +162,8 @@ def _detected(timeout: float) -> tuple[str, int, int, list[int] | None]:
     )
   except Exception as error:
     raise UserError(
-      f"--distributed: JAX cannot tell where this process stands ({error});"
-      " give --coordinator, --num_processes and --process_id"
+      f"JAX cannot tell where this process stands ({error}); give"
+      " --coordinator, --num_processes and --process_id"
     ) from error
   address, count, index, devices = found
   if address is None or count is None or index is None:
@@ -217,26 +236,6 @@ def agree(what: str, text: str, remedy: str) -> None:
     f"{what} of process {', '.join(map(str, differ))} differs from that of"
     f" process 0 ({'; '.join(changed[:4])}); {remedy}"
   )
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-  """What fails on one process within this block, fails on all.
-
-  Raises:
-    UserError: of this process, or of the first one that had any.
-  """
-  error = None
-  try:
-    yield
-  except UserError as failed:
-    error = failed
-  texts = exchange("" if error is None else str(error))
-  if error is not None:
-    raise error
-  for i, text in enumerate(texts):
-    if text:
-      raise UserError(f"process {i}: {text}")
 
 
 class _Stop:

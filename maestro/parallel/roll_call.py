@@ -356,9 +356,14 @@ def _listed(indices: list[int]) -> str:
 def _server(place: Place) -> socket.socket:
   # A loopback address is heard on itself alone, all others on every interface.
   local = place.host == "localhost" or place.host.startswith("127.")
-  host = place.host if local else ""
+  both = not local and socket.has_dualstack_ipv6()
   try:
-    return socket.create_server((host, place.port), backlog=1024)
+    return socket.create_server(
+      (place.host if local else "", place.port),
+      family=socket.AF_INET6 if both else socket.AF_INET,
+      backlog=1024,
+      dualstack_ipv6=both,
+    )
   except OSError as error:
     raise UserError(
       f"--coordinator: process 0 cannot listen on {place.host}:{place.port}"

@@ -252,7 +252,7 @@ class Checkpoints:
     parts = {
       path: want
       for path, want in zip(paths, wanted, strict=True)
-      if "sum" in record["leaves"][path] and _is_split(want.sharding)
+      if "sum" in record["leaves"][path] and mesh.is_split(want.sharding)
     }
     leaves = _read_leaves(self.directory, step, record, paths, parts)
     state = [
@@ -350,17 +350,8 @@ def _flatten(tree: Any) -> tuple[list[str], list, Any]:
   return paths, [leaf for _, leaf in pairs], treedef
 
 
-def _is_split(sharding: Any) -> bool:
-  """Whether no process has all of an array."""
-  return not (
-    sharding is None
-    or sharding.is_fully_addressable
-    or sharding.is_fully_replicated
-  )
-
-
 def _host(leaf: Any) -> np.ndarray | jax.Array:
-  if isinstance(leaf, jax.Array) and _is_split(leaf.sharding):
+  if isinstance(leaf, jax.Array) and mesh.is_split(leaf.sharding):
     return leaf
   return np.asarray(leaf)
 

@@ -9,6 +9,7 @@ import pathlib
 import re
 import socket
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -146,6 +147,22 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     yield
+
+
+def appears(path: pathlib.Path, seconds: float = 10.0) -> bool:
+  """Whether a file that another host has written comes to sight.
+
+  A network file system may take seconds to tell of it.
+  """
+  until = time.monotonic() + seconds
+  while True:
+    with contextlib.suppress(OSError):
+      os.listdir(path.parent)  # asks the server anew
+      if path.exists():
+        return True
+    if time.monotonic() > until:
+      return False
+    time.sleep(0.1)
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:

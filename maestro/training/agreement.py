@@ -1,7 +1,6 @@
 """What the processes of a run must have in common, compared between them."""
 
 import contextlib
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,8 @@ import numpy as np
 from maestro.data import Dataset
 from maestro.errors import UserError
 from maestro.parallel import processes
+from maestro.parallel.mesh import is_split
+from maestro.runs import digests
 from maestro.runs import workdir as workdir_lib
 from maestro.runs.checkpoint import Checkpoints, DamagedError
 from maestro.training.state import TrainState, plain_ranks
@@ -68,7 +69,7 @@ def finished(path: pathlib.Path, results: Mapping[str, Any] | None) -> None:
 def workdir(path: pathlib.Path) -> None:
   """Checks that all see the directory that the first one has claimed."""
   processes.exchange("")  # it has by now
-  if not (path / "config.json").exists():
+  if not workdir_lib.appears(path / "config.json"):
     raise UserError(
       f"{path} has no config.json here, which process 0 has written: --workdir"
       " must be on a file system that all hosts share"
@@ -101,7 +102,11 @@ def networks(state: TrainState) -> None:
   if processes.alone():
     return
   leaves = jax.tree_util.tree_leaves_with_path(state.params)
-  whole = {jax.tree_util.keystr(path): x for path, x in leaves if _is_whole(x)}
+  whole = {
+    jax.tree_util.keystr(path): x
+    for path, x in leaves
+    if not is_split(x.sharding)
+  }
   ranks = [f"{k}: {v}" for k, v in plain_ranks(state.ranks).items()]
   processes.agree(
     f"the network after step {int(state.step)}",
@@ -110,14 +115,7 @@ def networks(state: TrainState) -> None:
   )
 
 
-def _is_whole(x: Any) -> bool:
-  return x.is_fully_replicated or x.is_fully_addressable
-
-
 def _digest(arrays: Mapping[str, Any]) -> str:
-  hasher = hashlib.blake2b(digest_size=8)
-  for name, x in arrays.items():
-    x = np.ascontiguousarray(x)
-    hasher.update(f"{name} {x.dtype} {x.shape}".encode())
-    hasher.update(x.reshape(-1).view(np.uint8).data)
-  return hasher.hexdigest()
+  """Digests arrays that this process has whole, by name."""
+  each = {k: digests.of_host(k, np.asarray(x)) for k, x in arrays.items()}
+  return digests.of_record({"leaves": each})[:16]

@@ -1,5 +1,6 @@
 """Many processes: where one stands, what they agree on, and real ones."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,10 +13,11 @@ import time
 import pytest
 
 from maestro import chaos, data
-from maestro.errors import EXIT_TERMINATED, UserError
+from maestro.errors import EXIT_LOST, EXIT_TERMINATED, UserError
 from maestro.parallel import processes
 from maestro.parallel.loopback import Command
 from maestro.parallel.processes import Join
+from maestro.runs import checkpoint, workdir
 from maestro.training import agreement, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -71,6 +73,10 @@ def test_a_process_stands_where_it_is_told():
       {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
       "--process_id: 2 is none of 2 processes; use 0 to 1",
     ),
+    (
+      {"coordinator": "::1:0", "num_processes": 2, "process_id": 0},
+      "write HOST:PORT",
+    ),
     ({"distributed": True}, "finds no TPU pod, SLURM or Open MPI"),
   ],
 )
@@ -105,6 +111,18 @@ def test_a_launcher_tells_where_a_process_stands(env, monkeypatch):
   assert (found.count, found.index) == (4, 3)
   assert found.host in ("node07", "10.96.0.1")
   assert devices == [1]
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_SIZE"],
+)
+def test_an_environment_that_is_no_launchers_is_said(name, monkeypatch):
+  env = SLURM if name.startswith("SLURM") else {}
+  for other, value in (env | {name: "four"}).items():
+    monkeypatch.setenv(other, value)
+  with pytest.raises(UserError, match=f"{name}='four' in the environment"):
+    place()
 
 
 def test_a_single_task_of_slurm_is_alone(monkeypatch):
@@ -186,8 +204,10 @@ def test_the_end_of_a_run_that_not_all_see_is_said(tmp_path, others):
     agreement.finished(tmp_path, {"final": {"macs": 1}})
 
 
-def test_a_workdir_that_is_not_shared_is_said(tmp_path, others):
+def test_a_workdir_that_is_not_shared_is_said(tmp_path, others, monkeypatch):
   others(lambda text: text)
+  at_once = functools.partial(workdir.appears, seconds=0.0)
+  monkeypatch.setattr(workdir, "appears", at_once)
   with pytest.raises(UserError, match="all hosts share"):
     agreement.workdir(tmp_path)
 
@@ -244,7 +264,7 @@ def finished(command, tmp_path_factory):
     )
     assert whole.returncode == 0, whole.stderr
     assert "finished" in whole.stdout
-    stopped = chaos.Run(command, root / "stopped", chosen=1)
+    stopped = chaos.Attempt(command, root / "stopped", chosen=1)
     until = time.monotonic() + 300
     while not (root / "stopped" / "checkpoints" / "29").exists():
       assert time.monotonic() < until and stopped.wait(0.01) is None
@@ -261,8 +281,20 @@ def test_sigterm_to_one_process_saves_and_stops_all(finished):
 
 
 def test_two_processes_go_on_to_the_same_bits(finished, command, monkeypatch):
+  """After SIGTERM to one of them, and then SIGKILL."""
   monkeypatch.setenv("XLA_FLAGS", "")
-  run = chaos.Run(command, finished / "stopped")
+  saved = finished / "stopped" / "checkpoints"
+  before = checkpoint.list_steps(saved)
+  run = chaos.Attempt(command, finished / "stopped", chosen=1)
+  until = time.monotonic() + 300
+  while checkpoint.list_steps(saved)[-1] == before[-1]:
+    assert time.monotonic() < until and run.wait(0.01) is None
+  run.chosen.kill()
+  # Long before the 60 s after which silence means a loss.
+  assert run.wait(20) == -signal.SIGKILL
+  assert run.others == {EXIT_LOST}, run.output
+  assert "process 1 (" in run.output and "is lost" in run.output
+  run = chaos.Attempt(command, finished / "stopped")
   assert run.wait(300) == 0, run.output
   # The step at which it was stopped has a checkpoint of its own.
   rest = [

@@ -113,6 +113,26 @@ def test_all_hear_what_each_says_in_order():
     line.leave()
 
 
+@pytest.mark.skipif(
+  not socket.has_dualstack_ipv6(), reason="this host has no IPv6"
+)
+@pytest.mark.parametrize("host", ["::1", "localhost", "127.0.0.1"])
+def test_processes_meet_at_addresses_of_both_kinds(host):
+  port = free_port()
+  lines = in_threads(
+    *(lambda i=i: Line(Place(host, port, 2, i), WAIT, WAIT) for i in range(2))
+  )
+  if host == "::1" and not all(isinstance(line, Line) for line in lines):
+    pytest.skip("the loopback interface has no IPv6 address")
+  LINES.extend(lines)
+  assert (
+    in_threads(*(lambda x=x: x.exchange("a") for x in lines))
+    == [["a", "a"]] * 2
+  )
+  for line in lines:
+    line.leave()
+
+
 def test_long_texts_arrive_whole():
   texts = ["x" * 3_000_000, "é" * 1_000_000]
   lines = all_of(2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maestro.runs import checkpoint
+from maestro.parallel import mesh
 from maestro.runs.checkpoint import CheckpointError, Checkpoints, load_params
 
 # Orbax closes its event loop while reads of other arrays are under way.
@@ -39,7 +39,7 @@ def parts(monkeypatch):
   def is_split(sharding):
     return not (sharding is None or sharding.is_fully_replicated)
 
-  monkeypatch.setattr(checkpoint, "_is_split", is_split)
+  monkeypatch.setattr(mesh, "is_split", is_split)
 
 
 def placed(values, devices):
