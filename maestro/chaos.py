@@ -104,8 +104,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-class Run:
-  """The processes of a run on one workdir, their output in a file.
+class Attempt:
+  """The processes that start at a run together, their output in a file.
 
   One of them is the `chosen` one, whose exit code is the run's.
   """
@@ -217,7 +217,7 @@ def disturb(
   """
   reference = workdir / "undisturbed"
   print("an undisturbed run ...", flush=True)
-  process = Run(command, reference)
+  process = Attempt(command, reference)
   if code := process.wait(1e6):
     raise UserError(
       f"the undisturbed run ended with code {code}; see {reference}/log.txt"
@@ -234,7 +234,7 @@ def disturb(
     own: list[Event] = []
     while not (place / "results.json").exists():
       if len(events) + len(own) == kills:
-        code = Run(command, place).wait(whole * 3 + _PATIENCE)
+        code = Attempt(command, place).wait(whole * 3 + _PATIENCE)
         if code != 0:
           own[-1].fault = own[-1].fault or f"then ended with code {code}"
           break
@@ -269,7 +269,7 @@ def _disturb_once(
   limit = None
   if kind == "disk_full":
     limit = int(2 ** rng.uniform(8, 20))
-  process = Run(command, place, limit, rng.randrange(command.processes))
+  process = Attempt(command, place, limit, rng.randrange(command.processes))
   at = rng.uniform(0, whole * (1 - 0.7 * _step(place) / steps))
   code = process.wait(at)
   signalled, second = time.monotonic(), time.monotonic() - process.began
@@ -311,14 +311,14 @@ def _disturb_once(
 
 
 def _intrude(
-  process: Run, command: Command, place: pathlib.Path, freeze: bool
+  process: Attempt, command: Command, place: pathlib.Path, freeze: bool
 ) -> str:
   """Starts a second run on the workdir; returns what was wrong."""
   if not (place / "lock").exists():
     return ""  # the first one has not begun: the second would be the first
   if freeze:
     process.chosen.send_signal(signal.SIGSTOP)
-  second = Run(command, place)
+  second = Attempt(command, place)
   code = second.wait(_PATIENCE)
   if freeze:
     process.chosen.send_signal(signal.SIGCONT)

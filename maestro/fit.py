@@ -229,12 +229,9 @@ def remedies(
       batch = "none that was tried fits, so change what follows, too"
   size = f"config.batch_size (now {c.batch_size}): {batch}"
   more = [
-    f"config.{key}: {why}"
-    for key, why in (
-      ("remat", "recompute activations instead of keeping them"),
-      ("accumulate", "take the batch in parts"),
-    )
-    if hasattr(c, key)
+    f"config.remat (now {c.remat}): recompute activations instead of keeping"
+    " them",
+    f"config.accumulate (now {c.accumulate}): take the batch in more parts",
   ]
   fsdp, model = mesh.shape["fsdp"], mesh.shape["model"]
   split = (

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from maestro.parallel import processes
+
 
 class Trace:
   """Traces a run's steps from its second dispatch on; the first one compiles.
@@ -14,10 +16,12 @@ class Trace:
 
   Args:
     directory: gets the trace.
-    steps: how many to trace, up to whole dispatches; None traces nothing.
+    steps: how many to trace, up to whole dispatches; None traces nothing. Of
+      many processes the first one alone is traced.
   """
 
   def __init__(self, directory: pathlib.Path, steps: int | None):
+    steps = steps if processes.first() else None
     self._directory, self._steps = directory, steps
     self._left, self._seen, self._on = steps or 0, False, False
 

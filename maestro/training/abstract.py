@@ -27,6 +27,7 @@ from maestro.training import build, levels
 from maestro.training.build import Training
 from maestro.training.config import Config
 from maestro.training.levels import Level
+from maestro.training.rounds import dispatch_size
 from maestro.training.state import TrainState
 from maestro.trees import Tree
 
@@ -151,7 +152,7 @@ def abstract(c: Config, form: Form, devices: Sequence[Any]) -> Abstract:
     functools.partial(t.new_state, tx),
     *(params, stats, ranks, chain, controls),
   )
-  steps = 1 if level is not None else _steps(t)
+  steps = 1 if level is not None else dispatch_size(t, 0, t.clock.total)
   return Abstract(
     training=t,
     state=_placed(state, t.placement.shardings(state, state.params)),
@@ -166,15 +167,6 @@ def _phase(t: Training, form: Form) -> str:
   if form.share is not None and t.method.decompose_at == "settle":
     return "settle"
   return "discover" if t.clock.discover else "settle"
-
-
-def _steps(t: Training) -> int:
-  """Steps of a dispatch: as many as nothing that the host does comes between.
-
-  As `rounds` counts them, but for what is left at the end of a round.
-  """
-  periods = (t.periods.log, t.method.project_every)
-  return min(t.steps_per_dispatch, *(n for n in periods if n), 1 << 30)
 
 
 def _profile(t: Training, c: Config, share: float) -> dict[str, int]:

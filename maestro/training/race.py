@@ -33,7 +33,7 @@ from maestro.methods.proposals import (
 from maestro.methods.race import Options, Race, Score, limit_of
 from maestro.parallel import processes
 from maestro.runs.checkpoint import Checkpoints
-from maestro.runs.metrics import Writer
+from maestro.runs.metrics import Silent, Writer
 from maestro.training import optim
 from maestro.training.build import Training
 from maestro.training.latency import Meter, meeting
@@ -74,14 +74,11 @@ class Candidate:
     return self.losses[-1], self.proposal.name
 
 
-class _Quiet(Writer):
+class _Quiet(Silent):
   """Passes on progress, under a name; keeps no records of candidates."""
 
   def __init__(self, writer: Writer, name: str):
     self._writer, self._name = writer, name
-
-  def write(self, step, epoch, values):
-    del step, epoch, values
 
   def message(self, text):
     self._writer.message(text)

@@ -118,7 +118,7 @@ def run_round(
 
   unread, loss = None, float("nan")
   while step < end and not (stop_asked() and step > first):
-    n = 1 if chain else _until(step, end, t)
+    n = 1 if chain else dispatch_size(t, step, end)
     at = t.level(step) if chain else 0
     level = chain[at][0] if chain else None
     said = f", level {at}" if chain else ""
@@ -181,7 +181,7 @@ def _chain(t: Training, state: TrainState) -> list[tuple[Level, int]]:
   return _levels(t, profiles)
 
 
-def _until(step: int, end: int, t: Training) -> int:
+def dispatch_size(t: Training, step: int, end: int) -> int:
   """Steps of the next dispatch: up to the next thing that the host does."""
   n = min(t.steps_per_dispatch, end - step)
   for period in (t.periods.log, t.method.project_every):
