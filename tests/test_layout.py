@@ -107,7 +107,7 @@ ROOMS = (
   ),
   *("report", "training", "deploy"),
 )
-COMMANDS = ("main", "search", "allocate", "export", "chaos", "fit")
+COMMANDS = ("main", "search", "allocate", "export", "chaos", "fit", "goodput")
 LIBRARY = [path for path in FILES if _in(path, "maestro")]
 
 

@@ -25,7 +25,7 @@ from maestro.parallel import processes
 from maestro.parallel.mesh import make_mesh, replicate
 from maestro.report import figures
 from maestro.report.tables import layer_table, level_table
-from maestro.runs import checkpoint, metrics, stop
+from maestro.runs import checkpoint, goodput, metrics, stop
 from maestro.runs import workdir as workdir_lib
 from maestro.runs.profile import Trace
 from maestro.training import (
@@ -39,7 +39,7 @@ from maestro.training import (
   race,
 )
 from maestro.training.build import Training
-from maestro.training.config import Truncate, parse
+from maestro.training.config import Config, Truncate, parse
 from maestro.training.durations import every
 from maestro.training.results import (
   Ledger,
@@ -98,9 +98,22 @@ def train(
     return _finished(workdir, finished)
   t = build.make_training(c)
   agreement.data(t.dataset)
+  with workdir_lib.locked(workdir), goodput.recording(workdir, started):
+    workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
+    agreement.workdir(workdir)
+    state, ledger = _train(t, c, workdir, started, profile)
+    return _finish(t, state, ledger, config, workdir, started)
 
+
+def _train(
+  t: Training,
+  c: Config,
+  workdir: pathlib.Path,
+  started: float,
+  profile: int | None,
+) -> tuple[TrainState, Ledger]:
+  """Makes the steps that are left; returns the state after the last one."""
   with (
-    workdir_lib.locked(workdir),
     checkpoint.Checkpoints(
       workdir / "checkpoints", keep=c.checkpoint.keep
     ) as checkpoints,
@@ -108,8 +121,6 @@ def train(
     Trace(workdir / "profile", profile) as trace,
   ):
     t = dataclasses.replace(t, program=trace.of(t.program))
-    workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
-    agreement.workdir(workdir)
     stop_asked = processes.stop_agreed(asked)
 
     # --- Resume from the newest checkpoint, or start --------------------------
@@ -120,6 +131,7 @@ def train(
     state = t.placement.put(state, state.params)
     arrays = replicate(vars(t.dataset.train), t.mesh)
     step = int(state.step)
+    goodput.resumed(step)
 
     with metrics.writer(
       workdir, total_steps=t.clock.total, resume_step=step
@@ -135,7 +147,10 @@ def train(
           if t.method.race is None:
             state = _enter_settle(t, state, ledger, c.truncate)
           else:  # whose winner has made some steps
-            state = race.race(t, t.method.race, state, arrays, ledger, **shared)
+            with goodput.spent("ranks"):
+              state = race.race(
+                t, t.method.race, state, arrays, ledger, **shared
+              )
           agreement.networks(state)
           if step < int(state.step) < t.clock.total:
             _save(checkpoints, state, ledger, started, t)
@@ -179,7 +194,8 @@ def train(
         if last or discovered or every(step, t.periods.evaluate):
           (values,) = _evaluate(t, state, ledger, t.dataset.val)
           record |= {f"val/{key}": value for key, value in values.items()}
-          record |= chain.evaluate(t, state, ledger)
+          with goodput.spent("evaluate"):
+            record |= chain.evaluate(t, state, ledger)
           check_finite(record, step, checkpoints)
         record |= rank_record(t.layers, state)
         record["examples_per_second"] = done.examples_per_second
@@ -196,27 +212,36 @@ def train(
           _save(checkpoints, state, ledger, started, t)
         if stopping and not last:
           raise Interrupted(f"stopped at step {step} of {t.clock.total}; saved")
+  return state, ledger
 
-    # --- The final model: exact ranks, merged where dense is cheaper ----------
-    state = averaged(state)
-    final = lowrank.extract(state.params, state.ranks, t.layers)
-    val, test = _evaluate(
-      t, state.replace(params=final), ledger, t.dataset.val, t.dataset.test
-    )
-    write_spectra(workdir, "final", state)
-    ledger.wall_seconds = time.monotonic() - started
-    scores = {"val": val, "test": test}
-    rows = chain.rows(t, state, ledger)
-    results = results_of(
-      config, ledger, t.layers, t.dense, final, state, scores
-    )
-    results |= {"levels": rows} if rows else {}
-    workdir_lib.write_json(workdir / "results.json", results)
-    if processes.first():
+
+def _finish(
+  t: Training,
+  state: TrainState,
+  ledger: Ledger,
+  config: Mapping[str, Any],
+  workdir: pathlib.Path,
+  started: float,
+) -> dict:
+  """Reports the final model: exact ranks, merged where dense is cheaper."""
+  state = averaged(state)
+  final = lowrank.extract(state.params, state.ranks, t.layers)
+  val, test = _evaluate(
+    t, state.replace(params=final), ledger, t.dataset.val, t.dataset.test
+  )
+  write_spectra(workdir, "final", state)
+  ledger.wall_seconds = time.monotonic() - started
+  scores = {"val": val, "test": test}
+  rows = chain.rows(t, state, ledger)
+  results = results_of(config, ledger, t.layers, t.dense, final, state, scores)
+  results |= {"levels": rows} if rows else {}
+  workdir_lib.write_json(workdir / "results.json", results)
+  if processes.first():
+    with goodput.spent("report"):
       figures.figures(workdir)
-    print(f"\n{layer_table(results)}\n{level_table(results)}")
-    print(f"{workdir}: finished")
-    return results
+  print(f"\n{layer_table(results)}\n{level_table(results)}")
+  print(f"{workdir}: finished")
+  return results
 
 
 def evaluate_workdir(
@@ -285,6 +310,7 @@ def _start(t: Training, workdir: pathlib.Path) -> tuple[TrainState, Ledger]:
   return state, ledger
 
 
+@goodput.spent("restore")
 def _resume(
   t: Training, checkpoints: checkpoint.Checkpoints
 ) -> tuple[TrainState, Ledger] | None:
@@ -310,6 +336,7 @@ def _resume(
   return None
 
 
+@goodput.spent("save")
 def _save(
   checkpoints: checkpoint.Checkpoints,
   state: TrainState,
@@ -322,6 +349,7 @@ def _save(
   extra = {"ledger": dataclasses.asdict(ledger)}
   with stop.saving():
     checkpoints.save(int(state.step), state, extra)
+  goodput.saved(int(state.step))
 
 
 # ---------------------------------------------------------------------------
@@ -329,6 +357,7 @@ def _save(
 # ---------------------------------------------------------------------------
 
 
+@goodput.spent("ranks")
 def _decompose(t: Training, state: TrainState, ledger: Ledger) -> TrainState:
   """Turns kernels into factors, with a fresh optimizer."""
   _, tx = t.optimizer(ledger.discover_steps)
@@ -340,6 +369,7 @@ def _decompose(t: Training, state: TrainState, ledger: Ledger) -> TrainState:
   return t.placement.put(begin_average(state), params)
 
 
+@goodput.spent("ranks")
 def _cut(
   t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
 ) -> TrainState:
@@ -348,6 +378,7 @@ def _cut(
   return t.placement.put(state, state.params)
 
 
+@goodput.spent("ranks")
 def _shrink(
   t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
 ) -> TrainState:
@@ -361,6 +392,7 @@ def _shrink(
   return state
 
 
+@goodput.spent("ranks")
 def _enter_settle(
   t: Training, state: TrainState, ledger: Ledger, truncate: Truncate
 ) -> TrainState:
@@ -451,6 +483,7 @@ def _scores(record: Mapping[str, float]) -> str:
   return "".join(f" {key} {record[key]:.4f}" for key in names)
 
 
+@goodput.spent("evaluate")
 def _evaluate(
   t: Training, state: TrainState, ledger: Ledger, *splits: data_lib.Split
 ) -> list[dict[str, float]]:

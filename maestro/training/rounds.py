@@ -12,7 +12,7 @@ from maestro import trees
 from maestro.cost.count import count_cost, layer_macs
 from maestro.errors import UserError
 from maestro.parallel.mesh import replicate
-from maestro.runs import stop
+from maestro.runs import goodput, stop
 from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Writer
 from maestro.training.build import Training
@@ -59,6 +59,7 @@ def end_of_round(t: Training, ledger: Ledger, step: int) -> int:
   return min(*ends, t.clock.total)
 
 
+@goodput.spent("steps")
 def run_round(
   t: Training,
   state: TrainState,
@@ -97,7 +98,8 @@ def run_round(
     macs = [m + macs[0] for m in macs]
   cost = 0
   form, ranks = form_of(state.params), jax.device_get(state.ranks)
-  data = dict(arrays) | {"order": replicate(t.order(epoch), t.mesh)}
+  with goodput.spent("input"):
+    data = dict(arrays) | {"order": replicate(t.order(epoch), t.mesh)}
 
   def read(step: int, losses: jax.Array, window: Mapping | None) -> float:
     """Reads a dispatch that ended at a step; the device is at the next one."""
@@ -141,9 +143,12 @@ def run_round(
       window, state = state.metrics, reset_metrics(state)
     unread = step, losses, window
     if step - n > first:  # the first may compile
-      stop.expect_poll(3 * (time.monotonic() - began))
+      seconds = time.monotonic() - began
+      stop.expect_poll(3 * seconds)
+      goodput.reached(step - n, seconds)
   if unread is not None:
     loss = read(*unread)
+  goodput.reached(step)
   seconds = time.monotonic() - started
   examples = (step - first) * t.clock.batch_size
   ledger.macs += t.macs_per_example * t.clock.batch_size * cost

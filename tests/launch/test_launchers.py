@@ -741,6 +741,7 @@ JOBSET = {
   "ACCELERATOR": "tpu-v6e-slice",
   "TOPOLOGY": "4x4",
   "CLAIM": "runs",
+  "GRACE": "90",
   "ARGUMENTS": '"--config=configs/digits_od.py", "--workdir=/runs/a b"',
 }
 
@@ -797,5 +798,6 @@ def test_the_jobset_goes_on_after_what_can_go_on():
     "BackoffLimitExceeded": "RestartJobSet",
   }
   pod = job["template"]["spec"]
+  assert pod["terminationGracePeriodSeconds"] == 90
   assert pod["restartPolicy"] == "Never"
   assert pod["terminationGracePeriodSeconds"] >= 60
