@@ -13,8 +13,9 @@ Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC and v6e:AxB (pip install -e '.[fit]'),
 h100:N and h200:N (the message says what to install), and cpu:N, which is always
 there, but compiles other programs than an accelerator has. The program is the
 one that training dispatches, of the same shapes, at the ranks of the start;
-evaluations, checkpoints and the host's memory are not looked at. Exit codes: 0
-it fits, 1 it does not (the message says what to change), 2 bad input.
+so is the evaluation of its largest form. The candidates of a race, checkpoints
+and the host's memory are not looked at. Exit codes: 0 it fits, 1 it does not
+(the message says what to change), 2 bad input.
 """
 
 import dataclasses
@@ -37,7 +38,14 @@ from maestro.runs import provenance
 from maestro.runs import workdir as workdir_lib
 from maestro.training.abstract import forms
 from maestro.training.config import Config, parse
-from maestro.training.footprint import Largest, Row, largest_batch, measure
+from maestro.training.footprint import (
+  Evaluation,
+  Largest,
+  Row,
+  largest_batch,
+  measure,
+  measure_evaluation,
+)
 
 EXIT_TOO_LARGE = 1
 
@@ -113,9 +121,10 @@ def fit(
   own = [row for row in rows if row.trained]
   # What the compiler gave up takes most.
   worst = max(own, key=lambda row: (not row.fits, row.needed or math.inf))
+  form = next(f for f in forms(c) if f.name == worst.form)
+  evaluation = measure_evaluation(c, form, devices, limit)
   largest = None
   if search and gib < math.inf:
-    form = next(f for f in forms(c) if f.name == worst.form)
     largest = largest_batch(
       lambda n: measure(
         dataclasses.replace(c, batch_size=n), form, devices, limit
@@ -127,6 +136,7 @@ def fit(
     )
     _tell_largest(largest, worst.form)
   _tell(c, worst, limit, mesh, largest)
+  _tell_evaluation(evaluation, limit)
   print(f"program {worst.program or 'none'} ({worst.form})")
   return {
     "topology": topology.name,
@@ -140,7 +150,8 @@ def fit(
       | {"memory": row.memory and dataclasses.asdict(row.memory)}
       for row in rows
     ],
-    "fits": all(row.fits for row in own),
+    "evaluation": dataclasses.asdict(evaluation),
+    "fits": evaluation.fits and all(row.fits for row in own),
     "largest_batch": largest and dataclasses.asdict(largest),
     "jax": jax.__version__,
     "git": provenance.git_commit(),
@@ -211,6 +222,19 @@ def _tell(
   )
   for text in remedies(c, row, mesh, largest):
     print(f"  {text}")
+
+
+def _tell_evaluation(found: Evaluation, limit: float) -> None:
+  needed = "more" if found.needed is None else _size(found.needed)
+  what = f"evaluation, {found.batch_size:,} examples at a time ({found.form})"
+  if found.fits:
+    print(f"{what}: {needed} at the peak, with what training holds")
+    return
+  print(
+    f"{what} does NOT fit: it needs {needed}, and a device has {_size(limit)}."
+    " Raise config.mesh.data, fsdp or model: it takes a batch of training, or"
+    " 500 examples if that is more, over all devices"
+  )
 
 
 def remedies(

@@ -16,7 +16,7 @@ from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.parallel.programs import Memory
 from maestro.parallel.topology import Topology
 from maestro.training.config import parse
-from maestro.training.footprint import Largest, Row
+from maestro.training.footprint import Evaluation, Largest, Row
 
 # ml_collections loads config files by a deprecated method.
 pytestmark = pytest.mark.filterwarnings(
@@ -80,10 +80,19 @@ def test_what_fits_exits_with_0(command, monkeypatch):
     )
     return rows[-1]
 
+  def evaluated(c, form, devices, limit):
+    return Evaluation(form.name, 500, needed, needed <= limit)
+
   monkeypatch.setattr(fit, "measure", measured)
-  code, out, _ = command(
-    f"--config={CONFIG}", "--topology=cpu:8", "--memory_gib=1e-4"
-  )
+  monkeypatch.setattr(fit, "measure_evaluation", evaluated)
+  args = f"--config={CONFIG}", "--topology=cpu:8", "--memory_gib=1e-4"
+  needed = 1 << 20
+  code, out, _ = command(*args, "--nosearch")
+  assert code == fit.EXIT_TOO_LARGE and "fits: 62.50 KiB" in out
+  assert "evaluation, 500 examples at a time" in out and "does NOT" in out
+  rows.clear()
+  needed = 1 << 10
+  code, out, _ = command(*args)
   assert code == 0 and "fits: 62.50 KiB" in out and "does NOT" not in out
   # 104 is 13 for each of 8 devices; 107 would fit.
   assert "(factored, 1 of the ranks): 104 (" in out

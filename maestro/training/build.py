@@ -34,7 +34,7 @@ from maestro.training.config import (
   periods_of,
 )
 from maestro.training.durations import Clock, Periods
-from maestro.training.evaluate import make_evaluate
+from maestro.training.evaluate import Evaluate, make_evaluate
 from maestro.training.judge import make_judge
 from maestro.training.levels import Level
 from maestro.training.state import TrainState, new_state
@@ -122,8 +122,8 @@ class Forward(Protocol):
 
 def make_evaluator(
   c: Forward, model: Any, dataset: data_lib.Dataset, mesh: Mesh
-) -> Callable:
-  """Returns evaluate(variables, split) -> metrics for a config; exact."""
+) -> Evaluate:
+  """Makes the evaluation of a config's networks; exact."""
   # Large batches are fast; they must also split over the devices.
   batch_size = -(-max(c.micro_batch, 500) // mesh.size) * mesh.size
   return make_evaluate(
@@ -214,7 +214,7 @@ class Training:
   ]
   program: Callable[..., Callable]
   level: Callable[[int], int]
-  evaluate: Callable[[Tree, data_lib.Split], dict[str, float]]
+  evaluate: Evaluate
   recalibrate: Callable[[Tree], Tree]
   judge: Callable[[int], Callable[..., float]]
 

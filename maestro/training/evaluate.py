@@ -1,5 +1,6 @@
 """Exact evaluation of a network on a whole split."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,50 @@ from maestro.parallel.mesh import Mesh, split_batch
 from maestro.training import losses
 
 
-def make_evaluate(
-  model: Any, *, loss: str, preprocess: Callable, batch_size: int, mesh: Mesh
-) -> Callable[[Any, Split], dict[str, float]]:
-  """Returns evaluate(variables, split) -> {metric: mean over examples}.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluate:
+  """Evaluates variables on a split: {metric: mean over examples}.
 
   Every example counts once: the last batch is padded, and the padding weighs
   nothing. One program per shape of the variables, whatever the split.
+
+  Attributes:
+    names: of the metrics.
+    batch_size: examples that run at a time.
+    add_batch: (sums, variables, inputs, targets, how many count) -> sums.
   """
+
+  names: tuple[str, ...]
+  batch_size: int
+  add_batch: Any
+
+  def __call__(self, variables: Any, split: Split) -> dict[str, float]:
+    sums = {name: jnp.zeros((), jnp.float32) for name in self.names}
+    for start in range(0, len(split), self.batch_size):
+      x = split.inputs[start : start + self.batch_size]
+      y = split.targets[start : start + self.batch_size]
+      missing = self.batch_size - len(x)
+      sums = self.add_batch(
+        sums, variables, _pad(x, missing), _pad(y, missing), len(x)
+      )
+    return {name: float(x) / len(split) for name, x in sums.items()}
+
+  def lower(self, variables: Any, split: Split) -> Any:
+    """Lowers its program; nothing of what is given needs to be there."""
+
+    def batch(x: Any) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((self.batch_size, *x.shape[1:]), x.dtype)
+
+    sums = {n: jax.ShapeDtypeStruct((), jnp.float32) for n in self.names}
+    return self.add_batch.lower(
+      *(sums, variables, batch(split.inputs), batch(split.targets), 0)
+    )
+
+
+def make_evaluate(
+  model: Any, *, loss: str, preprocess: Callable, batch_size: int, mesh: Mesh
+) -> Evaluate:
+  """Makes the evaluation of a model's variables, divided over a mesh."""
   told = mode(model, train=False)
   functions = {"loss": losses.LOSSES[loss], **losses.METRICS[loss]}
 
@@ -35,18 +72,7 @@ def make_evaluate(
       for name, f in functions.items()
     }
 
-  def evaluate(variables: Any, split: Split) -> dict[str, float]:
-    sums = {name: jnp.zeros((), jnp.float32) for name in functions}
-    for start in range(0, len(split), batch_size):
-      x = split.inputs[start : start + batch_size]
-      y = split.targets[start : start + batch_size]
-      missing = batch_size - len(x)
-      sums = add_batch(
-        sums, variables, _pad(x, missing), _pad(y, missing), len(x)
-      )
-    return {name: float(x) / len(split) for name, x in sums.items()}
-
-  return evaluate
+  return Evaluate(tuple(functions), batch_size, add_batch)
 
 
 def _pad(x: np.ndarray, rows: int) -> np.ndarray:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from maestro.errors import UserError
+from maestro.ops.cpu import tracing_for
 from maestro.parallel import programs
 from maestro.parallel.programs import Memory
 from maestro.training.abstract import Form, abstract
 from maestro.training.config import Config
+from maestro.training.state import variables_of
 
 _TRIES = 6  # compilations that the search for a batch may take
 
@@ -109,21 +111,15 @@ def measure(c: Config, form: Form, devices: Sequence[Any], limit: float) -> Row:
     "parts": parts,
   }
   began = time.monotonic()
-  try:
-    compiled = a.lower().compile()
-  except RuntimeError as error:
-    short = programs.shortage(error)
-    if short is None:
-      raise
-    needed, message = short
-    spent = time.monotonic() - began
+  compiled = _compile(a.lower())
+  if isinstance(compiled, _Short):
     return Row(
       **row,
       memory=None,
-      needed=needed,
+      needed=compiled.needed,
       fits=False,
-      seconds=spent,
-      message=message,
+      seconds=time.monotonic() - began,
+      message=compiled.message,
     )
   memory, text = Memory.of(compiled), compiled.as_text()
   # Tiles of an accelerator's layouts are larger than what they hold.
@@ -140,6 +136,60 @@ def measure(c: Config, form: Form, devices: Sequence[Any], limit: float) -> Row:
     program=programs.fingerprint(text),
     seconds=time.monotonic() - began,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What evaluating a form takes of each device, beside what training holds.
+
+  Attributes:
+    form: of the network.
+    batch_size: examples that run at a time, over all devices.
+    needed: bytes at the peak; None if the compiler gave up and said no number.
+    fits: whether that is within the limit.
+  """
+
+  form: str
+  batch_size: int
+  needed: int | None
+  fits: bool
+
+
+def measure_evaluation(
+  c: Config, form: Form, devices: Sequence[Any], limit: float
+) -> Evaluation:
+  """Compiles the evaluation of a form; arguments as those of `measure`."""
+  a = abstract(c, form, devices)
+  evaluate, variables = a.training.evaluate, variables_of(a.state)
+  with tracing_for(a.platform):
+    lowered = evaluate.lower(variables, a.training.dataset.val)
+  compiled = _compile(lowered)
+  if isinstance(compiled, _Short):
+    needed = compiled.needed
+    return Evaluation(form.name, evaluate.batch_size, needed, False)
+  # The optimizer's state and the training set stay where they are.
+  needed = programs.bytes_of((a.state, a.data)) + Memory.of(compiled).peak
+  needed -= programs.bytes_of(variables)
+  return Evaluation(form.name, evaluate.batch_size, needed, needed <= limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Short:
+  """The compiler gave up for want of memory."""
+
+  needed: int | None
+  message: str
+
+
+def _compile(lowered: Any) -> Any:
+  """Returns the compiled program, or a _Short."""
+  try:
+    return lowered.compile()
+  except RuntimeError as error:
+    short = programs.shortage(error)
+    if short is None:
+      raise
+    return _Short(*short)
 
 
 def largest_batch(

@@ -4,14 +4,22 @@ import copy
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
+from maestro import data
 from maestro.errors import UserError
 from maestro.parallel.programs import Memory
 from maestro.parallel.topology import Topology
-from maestro.training.abstract import Form
+from maestro.training.abstract import Form, abstract
 from maestro.training.config import parse
-from maestro.training.footprint import Row, largest_batch, measure
+from maestro.training.footprint import (
+  Row,
+  largest_batch,
+  measure,
+  measure_evaluation,
+)
+from maestro.training.state import variables_of
 
 CONFIG = {
   "model": {"name": "mlp", "features": [64]},
@@ -55,6 +63,38 @@ def test_data_parallel_devices_exchange_the_bytes_of_gradients():
   assert len(row.program) == 64
 
 
+@pytest.mark.parametrize("share", [None, 1.0])
+def test_an_evaluation_is_the_loops_own_beside_the_state(share):
+  method = "dense" if share is None else "maestro"
+  c = parse(copy.deepcopy(CONFIG) | {"method": method, "batch_size": 64})
+  devices = Topology.parse("cpu:8").devices()
+  form = Form("it", share, True)
+  found = measure_evaluation(c, form, devices, 1e9)
+  assert found.batch_size == 504  # 500, divided over 8
+  row = measure(c, form, devices, 1e9)
+  # Each device has its part of the 504 images and targets.
+  more = 504 // 8 * (64 * 4 + 4)
+  assert found.fits and found.needed is not None
+  assert found.needed >= row.held - row.parts["padding"] + more
+  assert not measure_evaluation(c, form, devices, found.needed - 1).fits
+  # A network that is there is evaluated by the same program.
+  a = abstract(c, form, devices)
+  t, split = a.training, data.make(**c.data).val
+  state = jax.tree.map(
+    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), a.state
+  )
+  lowered = t.evaluate.lower(variables_of(a.state), t.dataset.val)
+  there = t.evaluate.lower(variables_of(state), split)
+  assert lowered.as_text() == there.as_text()
+  calls = []
+  counted = dataclasses.replace(
+    t.evaluate,
+    add_batch=lambda *args: calls.append(args) or t.evaluate.add_batch(*args),
+  )
+  counted(variables_of(state), split)
+  assert t.evaluate.add_batch.lower(*calls[0]).as_text() == lowered.as_text()
+
+
 def test_a_compiler_that_gives_up_makes_a_row(monkeypatch):
   told = "RESOURCE_EXHAUSTED: the total memory required (64.00G) exceeds it"
   error = RuntimeError(told)
@@ -67,6 +107,8 @@ def test_a_compiler_that_gives_up_makes_a_row(monkeypatch):
   row = measure(c, Form("dense", None, True), devices, 1e9)
   assert (row.needed, row.memory, row.fits) == (64 << 30, None, False)
   assert row.message == told
+  found = measure_evaluation(c, Form("dense", None, True), devices, 1e9)
+  assert (found.needed, found.fits) == (64 << 30, False)
   error = RuntimeError("INTERNAL: a bug")
   with pytest.raises(RuntimeError, match="INTERNAL"):
     measure(c, Form("dense", None, True), devices, 1e9)
