@@ -36,7 +36,7 @@ from maestro.parallel.topology import GIB, Topology
 from maestro.report.tables import text_table
 from maestro.runs import provenance
 from maestro.runs import workdir as workdir_lib
-from maestro.training.abstract import forms
+from maestro.training.abstract import Form, forms
 from maestro.training.config import Config, parse
 from maestro.training.footprint import (
   Evaluation,
@@ -59,6 +59,9 @@ flags.DEFINE_float(
   lower_bound=0.0,
 )
 flags.DEFINE_bool("search", True, "Search for the largest batch that fits.")
+flags.DEFINE_bool(
+  "compare", True, "Compile forms that the run does not train as well."
+)
 flags.DEFINE_string("json", None, "File that gets everything as JSON.")
 
 
@@ -75,7 +78,8 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--json={out}: there is no directory {out.parent}")
   c = parse(cli.config_of(values.config))
   topology.prepare()
-  record = fit(c, topology, values.memory_gib, values.search)
+  found = [form for form in forms(c) if form.trained or values.compare]
+  record = fit(c, topology, found, values.memory_gib, values.search)
   if out:
     workdir_lib.write_json(out, record)
     print(out)
@@ -86,6 +90,7 @@ def main(argv: list[str]) -> None:
 def fit(
   c: Config,
   topology: Topology,
+  compared: Sequence[Form],
   memory_gib: float | None = None,
   search: bool = True,
 ) -> dict:
@@ -94,6 +99,7 @@ def fit(
   Args:
     c: the config.
     topology: prepared.
+    compared: the forms that the config's run trains, and others.
     memory_gib: of a device; None is what the chip leaves a program.
     search: whether to search the largest batch.
 
@@ -114,14 +120,14 @@ def fit(
     flush=True,
   )
   rows = []
-  for form in forms(c):
+  for form in compared:
     rows.append(measure(c, form, devices, limit))
     print(f"{form.name}: {rows[-1].seconds:.0f} s", flush=True)
   print(f"\n{table(rows)}\n")
   own = [row for row in rows if row.trained]
   # What the compiler gave up takes most.
   worst = max(own, key=lambda row: (not row.fits, row.needed or math.inf))
-  form = next(f for f in forms(c) if f.name == worst.form)
+  form = next(f for f in compared if f.name == worst.form)
   evaluation = measure_evaluation(c, form, devices, limit)
   largest = None
   if search and gib < math.inf:

@@ -74,6 +74,15 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
   )
 
 
+def fits(shape: MeshShape) -> bool:
+  """Whether the devices that are there can be divided so."""
+  try:
+    make_mesh(shape)
+  except UserError:
+    return False
+  return True
+
+
 def batch_devices(mesh: Mesh) -> int:
   """Among how many devices a batch is divided."""
   return math.prod(mesh.shape[name] for name in BATCH)

@@ -215,7 +215,12 @@ class Line:
       del self._said[number]
       self._all[number] = texts
       self._changed.notify_all()
-    self._tell(self._peers.values(), kind="all", number=number, texts=texts)
+    # Most often all say the same: each text goes once to each process.
+    known = list(dict.fromkeys(texts))
+    which = [known.index(text) for text in texts]
+    self._tell(
+      self._peers.values(), kind="all", number=number, texts=known, which=which
+    )
 
   def _tell(self, peers: Iterable["_Peer"], **message: Any) -> None:
     line = (json.dumps(message) + "\n").encode()
@@ -270,7 +275,8 @@ class Line:
         self._heard(index, int(message["number"]), str(message["text"]))
       case "all":
         with self._changed:
-          self._all[int(message["number"])] = message["texts"]
+          texts = [message["texts"][i] for i in message["which"]]
+          self._all[int(message["number"])] = texts
           self._changed.notify_all()
       case "end":
         # This process may be about to end itself, for the same reason.

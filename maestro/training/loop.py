@@ -22,7 +22,7 @@ from maestro import lowrank
 from maestro.cost.count import count_cost
 from maestro.errors import Interrupted
 from maestro.parallel import processes
-from maestro.parallel.mesh import make_mesh, replicate
+from maestro.parallel.mesh import MeshShape, fits, make_mesh, replicate
 from maestro.report import figures
 from maestro.report.tables import layer_table, level_table
 from maestro.runs import checkpoint, goodput, metrics, stop
@@ -249,6 +249,8 @@ def evaluate_workdir(
 ) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a run, cut to its ranks; no training.
 
+  On the run's mesh, or on one device where there are too few for it.
+
   Returns:
     {"val": {metric: value}, "test": ..., "params": n, "macs": n, "step": n},
     and "levels" as in results.json, of a nested run.
@@ -258,7 +260,7 @@ def evaluate_workdir(
   """
   run = opened.open_run(workdir, data_dir=data_dir)
   c, dataset = run.config, data_lib.make(**run.config.data)
-  mesh = make_mesh(c.mesh)
+  mesh = make_mesh(c.mesh if fits(c.mesh) else MeshShape(data=1))
   variables = {"params": lowrank.extract(run.params, run.ranks, run.layers)}
   size = count_cost(run.layers, variables["params"])
   if run.batch_stats:

@@ -17,7 +17,7 @@ from maestro.training import build, loop, opened
 PHASE = {"schedule": {"name": "constant", "learning_rate": 0.05}}
 NETWORKS = {
   "mlp": {"name": "mlp", "features": [24]},
-  "batch norm": {"name": "resnet18", "width": 4, "stage_sizes": [1, 1]},
+  "batch norm": {"name": "resnet18", "width": 4, "stage_sizes": [1]},
 }
 
 

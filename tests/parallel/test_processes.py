@@ -1,6 +1,7 @@
 """Many processes: where one stands, what they agree on, and real ones."""
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from maestro.errors import EXIT_LOST, EXIT_TERMINATED, UserError
 from maestro.parallel import processes
 from maestro.parallel.loopback import Command
 from maestro.parallel.processes import Join
-from maestro.runs import checkpoint, workdir
+from maestro.runs import checkpoint, goodput, workdir
 from maestro.training import agreement, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -296,6 +297,13 @@ def test_two_processes_go_on_to_the_same_bits(finished, command, monkeypatch):
   assert "process 1 (" in run.output and "is lost" in run.output
   run = chaos.Attempt(command, finished / "stopped")
   assert run.wait(300) == 0, run.output
+  attempts = goodput.read(finished / "stopped")
+  assert [a.ended for a in attempts] == ["stopped", "", "finished"]
+  for one, following in itertools.pairwise(attempts):
+    assert following.from_step >= one.saved_step
+  # No less than a process may wait for its dispatch, twice.
+  grace = goodput.summary(attempts)["grace_seconds"]
+  assert grace is not None and 10 <= grace < 60
   # The step at which it was stopped has a checkpoint of its own.
   rest = [
     text
@@ -316,17 +324,40 @@ def test_parts_are_written_by_those_that_have_them(finished):
     assert (saved / "state" / f"ocdbt.process_{i}").is_dir()
 
 
-def test_another_number_of_processes_goes_on(finished, tmp_path):
-  """One process, of two devices, goes on from what two have written."""
+def _back_at(step, workdir):
+  """Turns a finished run into one that was killed after a step."""
+  (workdir / "results.json").unlink()
+  for saved in (workdir / "checkpoints").iterdir():
+    if int(saved.name) > step:
+      shutil.rmtree(saved)
+
+
+def test_other_processes_and_devices_go_on(
+  finished, command, tmp_path, monkeypatch
+):
+  """From two, to one with eight devices, to two that have two each."""
   whole = json.loads((finished / "whole" / "results.json").read_text())
-  shutil.copytree(finished / "whole", tmp_path / "run")
-  (tmp_path / "run" / "results.json").unlink()
-  for step in (tmp_path / "run" / "checkpoints").iterdir():
-    if int(step.name) > 116:
-      shutil.rmtree(step)
-  results = loop.train(REAL, tmp_path / "run")
-  assert [row["rank"] for row in results["layers"]] == [
-    row["rank"] for row in whole["layers"]
+  run = tmp_path / "run"
+  shutil.copytree(finished / "whole", run)
+  _back_at(116, run)
+  eight = REAL | {"mesh": {"data": 1, "fsdp": 2, "model": 4}}
+  found = [loop.train(eight, run)]
+  _back_at(145, run)
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+  pair = Command([*command.words, "--config.mesh.data=2"], processes=2)
+  attempt = chaos.Attempt(pair, run)
+  assert attempt.wait(300) == 0, attempt.output
+  assert "resuming from step 145" in attempt.output
+  found.append(json.loads((run / "results.json").read_text()))
+  for results in found:
+    assert [row["rank"] for row in results["layers"]] == [
+      row["rank"] for row in whole["layers"]
+    ]
+    a, b = results["final"]["val_metrics"], whole["final"]["val_metrics"]
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+  attempts = goodput.read(run)
+  assert [(a.ended, a.from_step, a.processes, a.devices) for a in attempts] == [
+    ("finished", 0, 2, 2),
+    ("finished", 116, 1, 8),
+    ("finished", 145, 2, 4),
   ]
-  for key, value in whole["final"]["metrics"].items():
-    assert results["final"]["metrics"][key] == pytest.approx(value, abs=1e-3)

@@ -113,6 +113,25 @@ def test_all_hear_what_each_says_in_order():
     line.leave()
 
 
+def test_what_many_say_alike_is_sent_to_each_once(monkeypatch):
+  send, sent = roll_call._Peer.send, []
+  lines = all_of(4)
+  monkeypatch.setattr(
+    roll_call._Peer,
+    "send",
+    lambda peer, line: sent.append(len(line)) or send(peer, line),
+  )
+  said = ["x" * 100_000, "y" * 100_000, "x" * 100_000, "x" * 100_000]
+  heard = in_threads(
+    *(lambda i=i: lines[i].exchange(said[i]) for i in range(4))
+  )
+  assert heard == [said] * 4
+  # One from each of three, and both texts to each of three.
+  assert 900_000 <= sum(sent) < 920_000
+  for line in lines:
+    line.leave()
+
+
 @pytest.mark.skipif(
   not socket.has_dualstack_ipv6(), reason="this host has no IPv6"
 )
