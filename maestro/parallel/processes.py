@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -320,7 +321,18 @@ def _leave_by(error: BaseException, line: Line) -> None:
   return None
 
 
-def _end_at_once(code: int) -> None:
+def fail(error: UserError) -> NoReturn:
+  """Ends this process and all others at once, from whatever thread.
+
+  For what leaves threads behind that no end of Python would wait for in vain.
+  """
+  print(f"error: {error}", file=sys.stderr, flush=True)
+  if _line is not None:
+    _line.fail(str(error), EXIT_ERROR)
+  _end_at_once(EXIT_ERROR)
+
+
+def _end_at_once(code: int) -> NoReturn:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

@@ -16,16 +16,13 @@ of them: see `maestro.runs.digests`.
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import re
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import absl.logging
 import jax
 import numpy as np
 from flax import traverse_util
@@ -33,7 +30,7 @@ from orbax.checkpoint import v1 as ocp
 
 from maestro.errors import UserError
 from maestro.parallel import mesh, processes
-from maestro.runs import digests
+from maestro.runs import digests, orbax_logs
 
 # 2 if an array was written by several processes, else 1.
 _FORMATS = (1, 2)
@@ -46,29 +43,6 @@ class CheckpointError(UserError):
 
 class DamagedError(CheckpointError):
   """A checkpoint does not hold what was saved."""
-
-
-def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
-  return record.levelno == logging.WARNING or "/orbax/" not in record.pathname
-
-
-def _is_not_of_other_reads(record: logging.LogRecord) -> bool:
-  text = record.getMessage()
-  return "tensorstore_spec" not in text and "deserialize()" not in text
-
-
-def _report_unraisable(unraisable: Any, report=sys.unraisablehook) -> None:
-  if "Event loop is closed" not in str(unraisable.exc_value):
-    report(unraisable)
-
-
-# Orbax logs some thirty INFO lines a save, and pages of what it raises as well.
-# A filter hides just these and leaves the user's levels and handlers alone.
-# When one array of many fails, it closes its loop while the others go on, and
-# each of them has a traceback that nobody can catch, or is logged by asyncio.
-absl.logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
-logging.getLogger("asyncio").addFilter(_is_not_of_other_reads)
-sys.unraisablehook = _report_unraisable
 
 
 @dataclasses.dataclass
@@ -170,27 +144,37 @@ class Checkpoints:
         f"cannot save step {step}: `extra` is not JSON: {error}"
       ) from error
     try:
-      # Orbax's own policy skips saves; force does not.
-      done = self._checkpointer.save(
-        step,
-        _nested_nonempty(leaves),
-        force=True,
-        custom_metadata={_RECORD: record},
-      )
+      with orbax_logs.failures(lambda error: self._end(step, error)):
+        # Orbax's own policy skips saves; force does not.
+        done = self._checkpointer.save(
+          step,
+          _nested_nonempty(leaves),
+          force=True,
+          custom_metadata={_RECORD: record},
+        )
     except Exception as error:
+      self._end(step, error)
       # Orbax counts the failed step as saved; start it afresh. Closing raises
       # the same error once more.
       with contextlib.suppress(Exception):
         self.close()
       with contextlib.suppress(CheckpointError):
         self._open()
-      raise CheckpointError(
-        f"cannot save {self.directory / str(step)}: {_line(error)}; if the disk"
-        " is full or not writable, mend that and run again to resume from"
-        f" {_resume(self.directory, step)}"
-      ) from error
+      raise self._unsaved(step, error) from error
     if not done:
       raise CheckpointError(f"orbax skipped {self.directory / str(step)}")
+
+  def _unsaved(self, step: int, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+      f"cannot save {self.directory / str(step)}: {_line(error)}; if the disk"
+      " is full or not writable, mend that and run again to resume from"
+      f" {_resume(self.directory, step)}"
+    )
+
+  def _end(self, step: int, error: BaseException) -> None:
+    """Ends all of many processes, whose orbax would wait for this one's."""
+    if not processes.alone():
+      processes.fail(self._unsaved(step, error))
 
   def set_aside(self, step: int) -> pathlib.Path:
     """Renames a step, so that it is none any more; returns its new path."""

@@ -14,7 +14,12 @@ import time
 import pytest
 
 from maestro import chaos, data
-from maestro.errors import EXIT_LOST, EXIT_TERMINATED, UserError
+from maestro.errors import (
+  EXIT_ERROR,
+  EXIT_LOST,
+  EXIT_TERMINATED,
+  UserError,
+)
 from maestro.parallel import processes
 from maestro.parallel.loopback import Command
 from maestro.parallel.processes import Join
@@ -311,6 +316,19 @@ def test_two_processes_go_on_to_the_same_bits(finished, command, monkeypatch):
     if not text.startswith("checkpoints of steps")
   ]
   assert not rest
+
+
+def test_a_full_disk_of_one_process_ends_all(command, tmp_path, monkeypatch):
+  """At once: those whose disks are well would wait for it, by orbax."""
+  monkeypatch.setenv("XLA_FLAGS", "")
+  whole = Command([*command.words, "--config.mesh.fsdp=1"], processes=2)
+  whole.words.append("--config.mesh.data=2")  # so that the first writes all
+  run = chaos.Attempt(whole, tmp_path / "run", limit=20_000)
+  assert run.wait(100) == EXIT_ERROR and run.others == {EXIT_ERROR}, run.output
+  assert (
+    "process 0 (" in run.output and "has stopped: cannot save" in run.output
+  )
+  assert "File too large; if the disk is full" in run.output
 
 
 def test_parts_are_written_by_those_that_have_them(finished):
