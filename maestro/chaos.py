@@ -9,6 +9,7 @@ machine, a file system and a config can be trusted with a long run.
   python -m maestro.chaos --config=configs/digits_od.py:smoke
   python -m maestro.chaos --config=configs/lenet_od.py:smoke --kills=10 --seed=1
   python -m maestro.chaos --config=configs/digits_od.py:smoke --processes=2
+  python -m maestro.chaos --config=configs/digits_od.py:smoke --kind=terminate
 
 Disturbances, in random order:
 
@@ -39,7 +40,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -69,6 +70,9 @@ flags.declare_key_flag("config")
 flags.declare_key_flag("workdir")
 flags.DEFINE_integer("kills", 20, "How many disturbances.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the choice and times of disturbances.")
+flags.DEFINE_multi_enum(
+  "kind", None, KINDS, "Disturbances to choose from; the default is all."
+)
 flags.DEFINE_integer("processes", 1, "Of each run, on CPUs.", lower_bound=1)
 
 
@@ -182,7 +186,8 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--workdir: {workdir} is not empty; choose another one")
   words = [sys.executable, "-m", "maestro.main", *flags_of_config(sys.argv)]
   command = Command(words, values.processes)
-  events = disturb(command, workdir, values.kills, values.seed)
+  kinds = values.kind or KINDS
+  events = disturb(command, workdir, values.kills, values.seed, kinds)
   print(f"\n{table(events)}\n")
   bad = [event for event in events if event.fault]
   good = len(events) - len(bad)
@@ -202,7 +207,11 @@ def flags_of_config(argv: list[str]) -> list[str]:
 
 
 def disturb(
-  command: Command, workdir: pathlib.Path, kills: int, seed: int
+  command: Command,
+  workdir: pathlib.Path,
+  kills: int,
+  seed: int,
+  kinds: Sequence[str] = KINDS,
 ) -> list[Event]:
   """Runs a training command undisturbed, then disturbed; compares.
 
@@ -211,6 +220,7 @@ def disturb(
     workdir: where the runs go.
     kills: how many disturbances.
     seed: of their choice and times.
+    kinds: to choose from.
 
   Raises:
     UserError: the undisturbed run fails.
@@ -239,7 +249,7 @@ def disturb(
           own[-1].fault = own[-1].fault or f"then ended with code {code}"
           break
         continue
-      kind = rng.choice(KINDS)
+      kind = rng.choice(kinds)
       own.append(_disturb_once(kind, command, place, run, whole, steps, rng))
       done = len(events) + len(own)
       pace = (time.monotonic() - began) / done

@@ -131,6 +131,36 @@ def test_a_few_disturbances_leave_no_trace(tmp_path):
   assert len(text.splitlines()) == 4 and "as it should" in text
 
 
+def test_only_the_kinds_that_are_asked_for_come(monkeypatch, tmp_path):
+  class Ends:
+    began = 0.0
+
+    def __init__(self, command, workdir):
+      workdir.mkdir(parents=True)
+
+    def wait(self, seconds):
+      return 0
+
+  came = []
+
+  def disturbed(kind, command, place, *rest):
+    place.mkdir()
+    (place / "results.json").touch()
+    came.append(kind)
+    return chaos.Event(kind, len(came), 0.0, 0, 0, 0.0)
+
+  monkeypatch.setattr(chaos, "Attempt", Ends)
+  monkeypatch.setattr(chaos, "_disturb_once", disturbed)
+  monkeypatch.setattr(chaos, "_step", lambda place: 1)
+  monkeypatch.setattr(chaos, "differences", lambda *places: [])
+  kinds = ("terminate", "flip")
+  chaos.disturb(Command(["x"]), tmp_path / "some", 20, 0, kinds)
+  assert set(came) == set(kinds)
+  came.clear()
+  chaos.disturb(Command(["x"]), tmp_path / "all", 60, 0)
+  assert set(came) == set(chaos.KINDS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("config", "processes"), [("digits_od", 1), ("lenet_od", 1), ("digits_od", 2)]

@@ -90,6 +90,10 @@ def test_what_fits_exits_with_0(command, monkeypatch):
   code, out, _ = command(*args, "--nosearch")
   assert code == fit.EXIT_TOO_LARGE and "fits: 62.50 KiB" in out
   assert "evaluation, 500 examples at a time" in out and "does NOT" in out
+  assert len(rows) == 4
+  rows.clear()
+  command(*args, "--nosearch", "--nocompare")
+  assert [row.form for row in rows] == ["factored, 1 of the ranks"]
   rows.clear()
   needed = 1 << 10
   code, out, _ = command(*args)

@@ -43,9 +43,13 @@ def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
   return record.levelno == logging.WARNING
 
 
+# What asyncio calls the tasks in which orbax reads arrays.
+_READS = ("tensorstore_spec", "deserialize()", "_wrap_awaitable()", "OCDBT")
+
+
 def _is_not_of_other_reads(record: logging.LogRecord) -> bool:
   text = record.getMessage()
-  return "tensorstore_spec" not in text and "deserialize()" not in text
+  return not any(name in text for name in _READS)
 
 
 def _report_unraisable(unraisable: Any, report=sys.unraisablehook) -> None:
