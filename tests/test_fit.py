@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -127,6 +128,28 @@ def test_what_fits_exits_with_0(command, monkeypatch):
 def test_mistakes_exit_with_2_and_one_line(command, args, told):
   code, _, err = command(*args)
   assert code == 2 and told in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "config", sorted(path.stem for path in CONFIG.parent.glob("*_od.py"))
+)
+def test_every_config_fits_one_small_chip(config, tmp_path):
+  """Minutes of compiling each; for a v5e, which has the least memory."""
+  pytest.importorskip("libtpu", reason="pip install -e '.[fit]'")
+  out = tmp_path / "fit.json"
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "maestro.fit", "--topology=v5e:1x1"),
+      *(f"--config={CONFIG.parent / config}.py", "--nosearch", "--nocompare"),
+      f"--json={out}",
+    ],
+    env=os.environ | {"XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert json.loads(out.read_text())["fits"]
 
 
 def test_remedies_begin_with_the_largest_part():
