@@ -114,7 +114,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     sys.exit(EXIT_INTERRUPTED)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_ERROR)
+    sys.exit(error.exit_code)
   except OSError as error:
     if error.errno not in _FULL:
       raise

@@ -216,6 +216,16 @@ def test_an_interrupted_run_exits_with_75(command, monkeypatch, tmp_path):
   assert "step 3 of 9" in out and "same command" in out
 
 
+def test_who_waits_for_others_in_vain_exits_with_69(command, trained):
+  code, _, err = command(
+    *(f"--config={CONFIG}", "--num_processes=2", "--process_id=1"),
+    *("--coordinator=127.0.0.1:1", "--join_timeout=1"),
+  )
+  assert code == 69 and not trained
+  assert "no process 0 at 127.0.0.1:1" in err
+  assert len(err.strip().splitlines()) == 1
+
+
 def test_a_full_disk_is_told_in_one_line(command, monkeypatch, tmp_path):
   def full(*_):
     raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")

@@ -26,4 +26,5 @@ class Command:
       free.bind(("127.0.0.1", 0))
       where = f"127.0.0.1:{free.getsockname()[1]}"
     whole += [f"--coordinator={where}", f"--num_processes={self.processes}"]
+    whole += ["--join_timeout=60"]  # for one that is killed while others join
     return [[*whole, f"--process_id={i}"] for i in range(self.processes)]

@@ -308,7 +308,9 @@ def _leave_by(error: BaseException, line: Line) -> None:
       code = EXIT_TERMINATED
     case KeyboardInterrupt():
       code = EXIT_INTERRUPTED
-    case UserError() | OSError():
+    case UserError():
+      code = error.exit_code
+    case OSError():
       code = EXIT_ERROR
     case _:
       # It may have failed since another one is gone, which is about to be
@@ -328,8 +330,8 @@ def fail(error: UserError) -> NoReturn:
   """
   print(f"error: {error}", file=sys.stderr, flush=True)
   if _line is not None:
-    _line.fail(str(error), EXIT_ERROR)
-  _end_at_once(EXIT_ERROR)
+    _line.fail(str(error), error.exit_code)
+  _end_at_once(error.exit_code)
 
 
 def _end_at_once(code: int) -> NoReturn:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from maestro.errors import EXIT_LOST, UserError
+from maestro.errors import EXIT_LOST, LostError, UserError
 
 _MOST_BYTES = 1 << 24  # of a message
 _FAREWELL = 2.0  # seconds that the first process waits for others to hear it
@@ -95,7 +95,7 @@ class Line:
             " missing ones' logs; a longer --join_timeout waits for hosts that"
             " start late"
           )
-          raise self._refusal(text) from None
+          raise self._refusal(LostError(text)) from None
         self._greet(_Peer(connection), address)
     with socket.socket() as free:
       free.bind(("", 0))
@@ -123,13 +123,15 @@ class Line:
     text = f"{why} (from {address[0]}); give each process its own --process_id"
     self._tell([peer], kind="refused", text=text)
     peer.close()
-    raise self._refusal(text)
+    raise self._refusal(UserError(text))
 
-  def _refusal(self, text: str) -> UserError:
-    self._tell(self._peers.values(), kind="refused", text=text)
+  def _refusal(self, error: UserError) -> UserError:
+    """Sends home all who have come; returns the error."""
+    kind = "missing" if isinstance(error, LostError) else "refused"
+    self._tell(self._peers.values(), kind=kind, text=str(error))
     for peer in self._peers.values():
       peer.close()
-    return UserError(text)
+    return error
 
   def _answer(self, until: float, patience: float) -> int:
     """Reports to process 0; returns the port of JAX's coordinator."""
@@ -145,7 +147,7 @@ class Line:
       except OSError as failed:
         error = failed
       if time.monotonic() > until:
-        raise UserError(
+        raise LostError(
           f"process {place.index} found no process 0 at {where} within"
           f" {patience:g} s ({error}); is it started, and is --coordinator its"
           " address as others see it?"
@@ -161,13 +163,14 @@ class Line:
       answer = peer.next()
     except (OSError, ValueError) as failed:
       peer.close()
-      raise UserError(
+      raise LostError(
         f"process 0 at {where} has gone while others were joining ({failed});"
         " look at its log"
       ) from failed
-    if answer.get("kind") == "refused":
+    if answer.get("kind") in ("refused", "missing"):
       peer.close()
-      raise UserError(str(answer.get("text")))
+      kind = LostError if answer["kind"] == "missing" else UserError
+      raise kind(str(answer.get("text")))
     self._names[0] = f"process 0 ({place.host})"
     return int(answer["port"])
 

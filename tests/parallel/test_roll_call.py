@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from maestro.errors import UserError
+from maestro.errors import LostError, UserError
 from maestro.parallel import roll_call
 from maestro.parallel.roll_call import Line, Place
 
@@ -168,14 +168,14 @@ def test_a_process_that_never_comes_is_named_to_all():
     lambda: join(port, 4, 2, patience=1.0),
   )
   for error in found:
-    assert isinstance(error, UserError)
+    assert isinstance(error, LostError)
     assert "2 of 4 processes" in str(error) and "1, 3 are" in str(error)
     assert "--join_timeout" in str(error)
 
 
 def test_a_process_without_a_first_one_says_where_it_looked():
   port = free_port()
-  with pytest.raises(UserError, match=f"no process 0 at 127.0.0.1:{port}"):
+  with pytest.raises(LostError, match=f"no process 0 at 127.0.0.1:{port}"):
     join(port, 2, 1, patience=0.5)
 
 
@@ -194,6 +194,7 @@ def test_processes_that_do_not_fit_are_refused(others, text):
   )
   for error in found:
     assert isinstance(error, UserError)
+    assert not isinstance(error, LostError)  # to run again would not help
     assert text in str(error)
 
 
