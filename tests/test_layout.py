@@ -237,5 +237,4 @@ def test_files_and_functions_are_of_a_size_to_be_read(path):
   text = (ROOT / path).read_text(encoding="utf-8")
   assert len(text.splitlines()) <= 500
   for name, lines in _functions(ast.parse(text)):
-    is_loop = (path.name, name) == ("loop.py", "train")
-    assert lines <= (150 if is_loop else 120), name
+    assert lines <= 120, name
