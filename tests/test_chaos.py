@@ -108,6 +108,13 @@ def test_the_least_difference_is_found(name, runs):
   assert name in found
 
 
+def test_a_step_at_which_a_run_was_stopped_is_no_difference(runs):
+  saved = runs[0] / "checkpoints"
+  first, *_ = checkpoint.list_steps(saved)
+  (saved / str(first)).rename(saved / str(first + 1))
+  assert not list(chaos.differences(*runs))
+
+
 def test_what_a_clock_measures_is_no_difference(runs):
   edit_json(runs[0] / "results.json", lambda r: r.update(wall_seconds=1e9))
   assert not list(chaos.differences(*runs))
