@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from maestro import chaos, data
@@ -246,6 +247,8 @@ REAL = {
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
   """Two processes that train REAL, a device each."""
+  # This process has its devices before XLA_FLAGS is set for others.
+  assert jax.device_count() == 8
   path = tmp_path_factory.mktemp("config") / "config.py"
   path.write_text(
     "import json\n"
