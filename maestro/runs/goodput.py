@@ -76,10 +76,17 @@ class _Recorder:
       devices=jax.device_count(),
       seconds=dict.fromkeys(SECTIONS, 0.0),
     )
+    if earlier:  # it would go on from there, should it end before it does
+      self.at(earlier[-1].saved_step)
     self.open = ["setup"]
     self.book()
     self.open = ["other"]
     self._compiled: list[tuple[float, float]] = []  # (start, seconds) booked
+
+  def at(self, step: int) -> None:
+    """Takes a saved step for the attempt's begin."""
+    attempt = self.attempt
+    attempt.from_step = attempt.saved_step = attempt.step = step
 
   def book(self) -> float:
     """Books the time since the last call; returns the time."""
@@ -172,8 +179,7 @@ def spent(section: str) -> Iterator[None]:
 def resumed(step: int) -> None:
   """Says at which step the attempt begins."""
   if _recorder is not None:
-    attempt = _recorder.attempt
-    attempt.from_step = attempt.saved_step = attempt.step = step
+    _recorder.at(step)
 
 
 def reached(step: int, dispatch: float | None = None) -> None:

@@ -43,8 +43,8 @@ def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
   return record.levelno == logging.WARNING
 
 
-# What asyncio calls the tasks in which orbax reads arrays.
-_READS = ("tensorstore_spec", "deserialize()", "_wrap_awaitable()", "OCDBT")
+# What asyncio says of tasks in which orbax reads arrays, and of nobody else's.
+_READS = ("tensorstore_spec", "deserialize()", "in OCDBT database")
 
 
 def _is_not_of_other_reads(record: logging.LogRecord) -> bool:

@@ -110,6 +110,19 @@ def test_a_killed_attempt_has_its_record(tmp_path, clock):
   assert later.longest["dispatch"] == 0.5
 
 
+def test_an_attempt_that_never_resumes_makes_no_step_again(tmp_path, clock):
+  with goodput.recording(tmp_path, 100.0):
+    goodput.resumed(0)
+    goodput.reached(25)
+    goodput.saved(20)
+  with pytest.raises(OSError), goodput.recording(tmp_path, 100.0):
+    raise OSError  # while it reads its checkpoint
+  with goodput.recording(tmp_path, 100.0):
+    goodput.resumed(20)
+  attempts = goodput.read(tmp_path)
+  assert [steps for steps, _ in goodput.lost(attempts)] == [5, 0, 0]
+
+
 def test_without_a_recording_nothing_is_kept(tmp_path):
   with goodput.spent("steps"):
     goodput.resumed(1)

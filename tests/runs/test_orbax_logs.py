@@ -63,19 +63,19 @@ def test_reads_that_nobody_waits_for_are_not_shown(caplog):
   """As orbax leaves them, when one array of many cannot be read."""
 
   class Read:
+    def __init__(self, text):
+      self.text = text
+
     def __await__(self):
       yield from asyncio.sleep(0).__await__()
-      raise ValueError("OUT_OF_RANGE: Error reading in OCDBT database")
-
-  async def mine():
-    raise ValueError("of a user")
+      raise ValueError(self.text)
 
   async def leave(awaitable):
     task = asyncio.ensure_future(awaitable)
     await asyncio.sleep(0.01)
     del task
 
-  asyncio.run(leave(Read()))
+  asyncio.run(leave(Read('Error reading "u/c/0" in OCDBT database at "/a"')))
   assert "never retrieved" not in caplog.text
-  asyncio.run(leave(mine()))
+  asyncio.run(leave(Read("of a user")))
   assert "never retrieved" in caplog.text
