@@ -32,7 +32,7 @@ from absl import flags
 
 from maestro import cli
 from maestro.errors import UserError
-from maestro.parallel import processes
+from maestro.parallel import processes, roll_call
 from maestro.runs.workdir import appears
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -130,12 +130,11 @@ def check_address(coordinator: str, count: int) -> Finding:
 
 def check_port(coordinator: str) -> Finding:
   """Looks whether process 0 could listen; only to be called by it."""
-  _, port = processes.host_and_port(coordinator)
+  host, port = processes.host_and_port(coordinator)
   try:
-    socket.create_server(("", port)).close()
-  except OSError as error:
-    remedy = "choose another port, or an address of this host"
-    return Finding("port", FAILED, f"{port}: {error}", remedy)
+    roll_call.listen(roll_call.Place(host, port, 1, 0)).close()
+  except UserError as error:
+    return Finding("port", FAILED, *str(error).split("; ", 1))
   return Finding("port", OK, f"{port} is free")
 
 

@@ -15,6 +15,7 @@ import ipaddress
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -55,6 +56,7 @@ class Join:
 
 
 _NOTICED = 5.0  # seconds within which the loss of a process is noticed
+_LAST = 10.0  # seconds that a process which fails may take to end by itself
 _line: Line | None = None
 _stopping = False  # whether all have agreed to stop
 
@@ -318,16 +320,17 @@ def _leave_by(error: BaseException, line: Line) -> None:
       time.sleep(_NOTICED)
       code = 1
   line.fail(str(error) or type(error).__name__, code)
-  # At exit JAX would wait for all, and abort.
+  # At exit JAX would wait for all, and abort; and before that, Python for
+  # threads of orbax, which may wait for the others.
   atexit.register(_end_at_once, code)
+  last = threading.Timer(_LAST, _end_at_once, [code])
+  last.daemon = True
+  last.start()
   return None
 
 
 def fail(error: UserError) -> NoReturn:
-  """Ends this process and all others at once, from whatever thread.
-
-  For what leaves threads behind that no end of Python would wait for in vain.
-  """
+  """Ends this process and all others at once, from whatever thread."""
   print(f"error: {error}", file=sys.stderr, flush=True)
   if _line is not None:
     _line.fail(str(error), error.exit_code)

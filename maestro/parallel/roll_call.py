@@ -79,7 +79,7 @@ class Line:
   def _call(self, until: float, patience: float) -> int:
     """Waits for all others; returns a free port for JAX's coordinator."""
     place = self._place
-    server = _server(place)
+    server = listen(place)
     with server:
       while len(self._peers) < place.count - 1:
         server.settimeout(max(until - time.monotonic(), 0.01))
@@ -362,8 +362,14 @@ def _listed(indices: list[int]) -> str:
   return f"process {shown} is" if len(indices) == 1 else f"{shown} are"
 
 
-def _server(place: Place) -> socket.socket:
-  # A loopback address is heard on itself alone, all others on every interface.
+def listen(place: Place) -> socket.socket:
+  """Opens the port at which process 0 calls the roll.
+
+  A loopback address is heard on itself alone, all others on every interface.
+
+  Raises:
+    UserError: the port is taken.
+  """
   local = place.host == "localhost" or place.host.startswith("127.")
   both = not local and socket.has_dualstack_ipv6()
   try:

@@ -24,7 +24,8 @@ class Evaluate:
   Attributes:
     names: of the metrics.
     batch_size: examples that run at a time.
-    add_batch: (sums, variables, inputs, targets, how many count) -> sums.
+    add_batch: compiled (sums, variables, inputs, targets, n) -> sums, of inputs
+      [batch_size, ...], of which the first n count.
   """
 
   names: tuple[str, ...]

@@ -219,6 +219,28 @@ def test_a_workdir_that_is_not_shared_is_said(tmp_path, others, monkeypatch):
     agreement.workdir(tmp_path)
 
 
+FAILS = """
+import threading, time, types
+from maestro.errors import UserError
+from maestro.parallel import processes
+processes._LAST = 0.5
+say = lambda text, code: print(code, text)
+processes._line = types.SimpleNamespace(fail=say)
+threading.Thread(target=time.sleep, args=(600,)).start()
+with processes.ending():
+  raise UserError("no good")
+"""
+
+
+def test_a_process_that_fails_waits_for_no_thread():
+  """Python would, for those of orbax, which may wait for other processes."""
+  done = subprocess.run(
+    [sys.executable, "-c", FAILS], capture_output=True, text=True, timeout=100
+  )
+  assert done.returncode == EXIT_ERROR
+  assert done.stdout == "2 no good\n" and "UserError: no good" in done.stderr
+
+
 # ---------------------------------------------------------------------------
 # Real ones
 # ---------------------------------------------------------------------------
