@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
   deployed,
   end_to_end,
+  meeting,
   plain,
   sharded_save,
   train_step,
@@ -408,6 +409,13 @@ def test_deployed_measures_what_its_rows_say():
       ratio = ms / dense["latency_ms"][batch]
       assert row["ratio_to_dense"][batch] == pytest.approx(ratio)
   assert "extracted, macs:0.5" in deployed.table(rows)
+
+
+def test_processes_meet_and_agree():
+  row = meeting.measure(3, 1)
+  assert min(row["meet"], row["agree"], row["differ"]) > 0
+  lines = meeting.table([row]).splitlines()
+  assert "agree / differ" in lines[0] and f"{row['agree']:.3f}" in lines[2]
 
 
 def test_a_state_is_saved_in_parts_by_real_processes():
