@@ -25,8 +25,8 @@ the ratios within the rounds. CPU time is that of all threads of the process,
 waiting threads of PyTorch that spin included; on a machine busy with other work
 it says more than the clock. A step gathers its batch from uint8 arrays, scales
 it and does SGD with momentum; data are random. PyTorch runs in processes of its
-own, in float32 and on CPUs only; without it, or on an accelerator, its forms
-are left out.
+own, on the same device; without it, or where it does not know the device or the
+dtype, its forms are left out.
 
 Training state: parameters, optimizer state and batch statistics. Peak memory is
 what the compiled program says that it needs: arguments, outputs and temporary
@@ -405,14 +405,21 @@ def _no_torch(options: Options) -> str | None:
   """Says why the PyTorch peers cannot run; None if they can."""
   if importlib.util.find_spec("torch") is None:
     return "PyTorch is not installed"
-  if jax.default_backend() != "cpu":
-    return "they run on CPUs only"
-  if options.dtype is not None:
-    return "they run in float32 only"
-  return None
+  if options.dtype not in (None, "bfloat16"):
+    return f"they do not run in {options.dtype}"
+  if jax.default_backend() == "cpu":
+    return None
+  if jax.default_backend() != "gpu":
+    return "they run on CPUs and GPUs only"
+  # Asked of another process: this one's memory is JAX's.
+  probe = "import torch; assert torch.cuda.is_available()"
+  found = subprocess.run([sys.executable, "-c", probe], capture_output=True)
+  return "PyTorch finds no GPU" if found.returncode else None
 
 
-def _torch_form(bench: Bench, factored: bool, stack) -> Form:
+def _torch_form(
+  bench: Bench, factored: bool, dtype: str | None, stack: contextlib.ExitStack
+) -> Form:
   """Starts a PyTorch peer, which ends with `stack`."""
   process = stack.enter_context(
     subprocess.Popen(
@@ -441,6 +448,8 @@ def _torch_form(bench: Bench, factored: bool, stack) -> Form:
       "batch_size": bench.batch_size,
       "width": bench.width,
       "threads": cores(),
+      "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
+      "dtype": dtype or "float32",
     }
   )
 
@@ -467,7 +476,7 @@ def _forms(bench: Bench, options: Options, stack) -> dict[str, Form]:
     elif name == "penalty":
       forms |= bench.penalty_forms()
     elif not _no_torch(options):
-      forms[name] = _torch_form(bench, TORCH[name], stack)
+      forms[name] = _torch_form(bench, TORCH[name], options.dtype, stack)
   return forms
 
 
