@@ -7,7 +7,7 @@
 Parts, in this order, each a command of its own whose output is shown:
 
   target    what a compiler needs to know of the device, for compiling without
-            it: target.txt (GPUs only)
+            it: target.bin (not on CPUs)
   check     all forms of a truncated ResNet-18 agree here: check/
   step      ResNet-18's training step, dense, factored, cut and PyTorch's:
             step.jsonl
@@ -39,9 +39,9 @@ import sys, jax
 from jax.experimental import topologies
 device = jax.devices()[0]
 print(device.platform, device.device_kind, jax.__version__)
-if device.platform == "gpu":
-  found = topologies.get_topology_for_devices([device])
-  open(sys.argv[1], "w").write(str(found.target_config))
+if device.platform != "cpu":
+  found = topologies.get_attached_topology()
+  open(sys.argv[1], "wb").write(found.serialize())
 """
 
 
@@ -58,7 +58,7 @@ def commands(out: pathlib.Path, smoke: bool, minutes: float) -> dict[str, list]:
   experiment = ["-m", "experiments.cifar10"]
   products = [f"--out={out / 'products.jsonl'}"]
   return {
-    "target": ["-c", _TARGET, str(out / "target.txt")],
+    "target": ["-c", _TARGET, str(out / "target.bin")],
     "check": [*experiment, "--check_only", f"--out={check}", *small],
     "step": ["-m", "benchmarks.train_step", *step, *small],
     "products": ["-m", "benchmarks.products", *products, *small],

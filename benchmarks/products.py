@@ -73,8 +73,9 @@ def ceilings(dtype: str, size: int, copied: int) -> dict[str, float]:
     # Not a plain copy, which a compiler would leave out.
     "copy": _compiled(jnp.negative, x),
   }
-  times, _, _ = interleave(forms, 5, 0.05)
-  ms = {name: float(np.median(values)) for name, values in times.items()}
+  # Of a device that is awake: the best round, after the first have warmed it.
+  times, _, _ = interleave(forms, 10, 0.2)
+  ms = {name: float(np.min(values)) for name, values in times.items()}
   return {
     "flops": 2 * size**3 / (1e-3 * ms["product"]),
     "bandwidth": 2 * x.nbytes / (1e-3 * ms["copy"]),

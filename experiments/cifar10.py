@@ -59,7 +59,8 @@ ROWS: dict[str, dict[str, list[str]]] = {
     "race_macs0.2": ["race", "--config.budget=macs:0.2"],
     "lam16e-6": ["--config.discover.lam=16e-6"],
     "fixed_macs0.4": ["--config.method=fixed", "--config.budget=macs:0.4"],
-    "pufferfish": ["--config.method=pufferfish"],
+    "pufferfish": ["pufferfish"],
+    "quarter": ["--config.method=pufferfish"],  # in every layer
   },
   # Larger ones: there are only 300 steps in which they can act.
   "short": {
@@ -67,6 +68,9 @@ ROWS: dict[str, dict[str, list[str]]] = {
     "lam1e-3": ["--config.discover.lam=1e-3"],
   },
 }
+
+# Rows of one network alone, as the other's config has no such variant.
+ONLY = {"pufferfish": "resnet"}
 
 # What others report; None is not available. (name, accuracy %, params in M,
 # MACs in G), from Horvath et al., ICML 2024; VGG's MACs are given there as a
@@ -167,6 +171,12 @@ def check_device(network: str, width: int = 64) -> dict[str, Any]:
 # ---------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------
+
+
+def rows_of(variant: str, network: str) -> dict[str, list[str]]:
+  """The rows of `ROWS` that there are for a network."""
+  rows = ROWS[variant].items()
+  return {name: row for name, row in rows if ONLY.get(name, network) == network}
 
 
 class Clock:
@@ -333,6 +343,7 @@ def draw(
       )
     loss.set(title="Training loss, without penalty", xlabel="step")
     loss.set_ylabel("nats per example")
+    loss.set_yscale("log")  # a row may start far above the others
     rank.set(title="Total rank", xlabel="step", ylim=(0, None))
     cost.set(title="Test accuracy against cost", xlabel="GMACs")
     cost.set_ylabel("accuracy (%)")
@@ -396,7 +407,7 @@ def main(argv: list[str]) -> None:
       text = json.dumps(found, indent=1) + "\n"
       (pathlib.Path(values.out) / _CHECK).write_text(text)
     return
-  rows = ROWS[values.variant]
+  rows = rows_of(values.variant, values.network)
   chosen = list(rows) if values.rows is None else values.rows
   if unknown := [name for name in chosen if name not in rows]:
     raise UserError(f"--rows: {unknown} unknown; known: {', '.join(rows)}")

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import lowrank, taps, trees
+from maestro import lowrank, ops, taps, trees
 from maestro.errors import UserError
 from maestro.lowrank import Rule
 from maestro.svd import fresh
@@ -101,7 +101,7 @@ def second_moments(
       counts[path] = jnp.int32(sum(x.shape[axis] for x in rows[path]))
     return totals, counts
 
-  sums = jax.jit(sums)
+  sums = ops.jit_precise(sums)
   total: dict[str, jax.Array] = {}
   count: dict[str, int] = {}
   for batch in batches:

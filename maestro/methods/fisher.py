@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro import lowrank, trees
+from maestro import lowrank, ops, trees
 from maestro import taps as taps_lib
 from maestro.lowrank import Rule
 from maestro.methods import calibrate
@@ -120,7 +120,7 @@ def moments(
       z = z - jnp.mean(z, axis=-1, keepdims=True)
     return jnp.sum(y.astype(jnp.float32) * z)
 
-  sums = jax.jit(jax.grad(objective))
+  sums = ops.jit_precise(jax.grad(objective))
   nothing = {path: zeros(spec) for path, spec in layers.items()}
   total: Any = None
   for i, batch in enumerate(batches):

@@ -2,5 +2,12 @@
 
 from maestro.ops.cpu import convolution, unroll
 from maestro.ops.dispatch import lowrank_conv, lowrank_dot
+from maestro.ops.precise import jit_precise
 
-__all__ = ["convolution", "lowrank_conv", "lowrank_dot", "unroll"]
+__all__ = [
+  "convolution",
+  "jit_precise",
+  "lowrank_conv",
+  "lowrank_dot",
+  "unroll",
+]

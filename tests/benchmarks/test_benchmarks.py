@@ -1,8 +1,10 @@
 """Tests that the benchmarks run, and that their peers are the same networks."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +13,18 @@ import pytest
 
 from benchmarks import (
   deployed,
+  device,
   end_to_end,
   meeting,
   plain,
+  products,
   sharded_save,
   train_step,
 )
 from benchmarks.train_step import NETWORKS, Form, Options
 from maestro import introspect as nn
 from maestro import lowrank, models, trees
-from maestro.errors import UserError
+from maestro.errors import Interrupted, UserError
 from maestro.lowrank import Rule
 
 COUNTS = {"lenet": 44_426, "resnet18": 11_173_962, "vgg19": 20_040_522}
@@ -409,6 +413,135 @@ def test_deployed_measures_what_its_rows_say():
       ratio = ms / dense["latency_ms"][batch]
       assert row["ratio_to_dense"][batch] == pytest.approx(ratio)
   assert "extracted, macs:0.5" in deployed.table(rows)
+
+
+# ---------------------------------------------------------------------------
+# A lent device
+# ---------------------------------------------------------------------------
+
+
+def test_floors_count_what_a_layer_must_do_and_move():
+  slow_copies = {"flops": 1e30, "bandwidth": 1e3}  # bytes: a number is a ms
+  slow_products = {"flops": 1e3, "bandwidth": 1e30}
+  for training, times in ((False, 1), (True, 3)):
+    dense = products.floor_ms(6, 4, None, 2, training, slow_products)
+    assert dense == pytest.approx(times * 2 * 6 * 4 * 4)
+    rank2 = products.floor_ms(6, 4, 2, 2, training, slow_products)
+    assert rank2 == pytest.approx(times * 2 * 6 * (4 * 2 + 2 * 4))
+  rank1 = products.floor_ms(6, 4, 1, 2, False, slow_copies)
+  assert rank1 == pytest.approx(2 * (2 * 6 * 4 + 8))
+
+
+def test_products_measures_forms_that_are_what_they_say():
+  limits = products.ceilings("float32", 16, 1024)
+  assert min(limits.values()) > 0
+  rows = products.measure(
+    4,
+    16,
+    depth=2,
+    shares=[2, 8],
+    dtype="float32",
+    rounds=1,
+    limits=limits,
+    seconds=0.0,
+  )
+  forms = [(row["pass"], row["form"], row["rank"]) for row in rows]
+  names = ("dense", None), ("static d/2", 8), ("static d/8", 2)
+  names = (*names, ("mask d/8 of d/2", 2))
+  assert forms == [(p, *n) for p in ("forward", "training") for n in names]
+  assert all(row["us"] > 0 and row["over_floor"] > 0 for row in rows)
+  assert "mask d/8 of d/2" in products.table(rows)
+
+
+def test_a_mask_is_the_cut_layer():
+  x = jax.random.normal(jax.random.key(0), (5, 8))
+  factors = products._weights(8, 4, 3, "float32")
+  cut = [(u[:, :2], v[:2]) for u, v in factors]
+  np.testing.assert_allclose(
+    products._mask(x, factors, jnp.int32(2)),
+    products._static(x, cut),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+@pytest.fixture
+def parts(monkeypatch):
+  """Stands in for the parts' commands; returns what is run, and exit codes."""
+  ran, codes = [], {}
+
+  def commands(out, smoke, minutes):
+    out.mkdir(parents=True, exist_ok=True)
+    return {name: [name] for name in ("one", "two", "three")}
+
+  def run(command, seconds):
+    assert seconds > 0
+    ran.append(command[0])
+    return codes.get(command[0], 0)
+
+  monkeypatch.setattr(device, "commands", commands)
+  monkeypatch.setattr(device, "run", run)
+  return ran, codes
+
+
+def _device(tmp_path, monkeypatch, **values):
+  given = {"parts": ["one", "two", "three"], "minutes": 1.0, "smoke": False}
+  given |= {"out": str(tmp_path)} | values
+  monkeypatch.setattr(
+    device.flags, "FLAGS", types.SimpleNamespace(**given), raising=True
+  )
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+  device.main(["device"])
+
+
+def test_parts_of_a_lent_device_go_on_where_they_were(
+  parts, tmp_path, monkeypatch
+):
+  ran, codes = parts
+  codes["two"] = None  # its time was over
+  with pytest.raises(Interrupted, match="two is not finished"):
+    _device(tmp_path, monkeypatch)
+  assert ran == ["one", "two"]
+  del ran[:], codes["two"]
+  _device(tmp_path, monkeypatch)
+  assert ran == ["two", "three"]
+  del ran[:]
+  _device(tmp_path, monkeypatch)
+  assert ran == []
+
+
+def test_a_part_that_fails_does_not_stop_the_next(parts, tmp_path, monkeypatch):
+  ran, codes = parts
+  codes["one"] = 1
+  with pytest.raises(UserError, match="failed, see above: one"):
+    _device(tmp_path, monkeypatch)
+  assert ran == ["one", "two", "three"]
+  assert device.finished(tmp_path) == {"two", "three"}
+
+
+def test_unknown_parts_and_no_time_are_refused(parts, tmp_path, monkeypatch):
+  with pytest.raises(
+    UserError, match=r"--parts: \['four'\] unknown; known: one"
+  ):
+    _device(tmp_path, monkeypatch, parts=["four"])
+  with pytest.raises(UserError, match="--minutes: must be above 0"):
+    _device(tmp_path, monkeypatch, minutes=0.0)
+  with pytest.raises(Interrupted, match="no time is left for one"):
+    _device(tmp_path, monkeypatch, minutes=0.1)
+
+
+def test_a_part_is_stopped_at_its_time():
+  sleep = ["-c", "import time; time.sleep(60)"]
+  assert device.run(sleep, 0.1) is None
+  assert device.run(["-c", "raise SystemExit(3)"], 60.0) == 3
+
+
+def test_the_parts_are_commands_that_exist(tmp_path):
+  for smoke in (False, True):
+    for name, command in device.commands(tmp_path, smoke, 1.0).items():
+      if command[0] == "-m":
+        assert importlib.util.find_spec(command[1]) is not None
+        assert ("--smoke" in command) == smoke, name
 
 
 def test_processes_meet_and_agree():

@@ -133,14 +133,22 @@ def test_every_row_overrides_keys_that_the_config_has():
     assert next(iter(rows)) == "dense" and len(rows) >= 2
     for changes in rows.values():
       words = [word for word in changes if not word.startswith("--")]
-      for network in ("resnet_od", "vgg_od"):
-        get(network, ",".join(filter(None, [recipe, *words])))
       for override in filter(lambda word: word not in words, changes):
         key, _, value = override.removeprefix("--config.").partition("=")
         node = get("resnet_od", recipe).to_dict()
         for part in key.split("."):
           node = node[part]
         assert node is None or type(node)(value) is not None
+
+
+@pytest.mark.parametrize("network", ["resnet", "vgg"])
+def test_every_row_of_a_network_is_a_variant_of_its_config(network):
+  for recipe in RECIPES:
+    rows = cifar10.rows_of(recipe, network)
+    assert "dense" in rows
+    for changes in rows.values():
+      words = [word for word in changes if not word.startswith("--")]
+      get(f"{network}_od", ",".join(filter(None, [recipe, *words])))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -456,3 +456,29 @@ def test_large_convolutions_batch_and_keep_half_precision():
   for a, row in zip(ours, x, strict=True):
     b = gradient(row, jax.lax.conv_general_dilated).astype(jnp.float32)
     assert np.abs(a.astype(jnp.float32) - b).max() <= 0.02 * np.abs(b).max()
+
+
+def test_precise_programs_are_compiled_without_a_search_on_gpus(monkeypatch):
+  x = jnp.asarray(rng.standard_normal((4, 4)), jnp.float32)
+
+  def square(x):
+    return jnp.dot(x, x, precision="highest")
+
+  expected = np.asarray(x, np.float64) @ np.asarray(x, np.float64)
+  np.testing.assert_allclose(ops.jit_precise(square)(x), expected, rtol=1e-5)
+  given = []
+
+  def jit(function, compiler_options):
+    given.append(compiler_options)
+    # Refused here if this JAX does not know an option.
+    return functools.partial(compiled, compiler_options=compiler_options)
+
+  def compiled(x, compiler_options):
+    return original(square, compiler_options=compiler_options)(x)
+
+  original = jax.jit
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "jit", jit)
+  y = ops.jit_precise(square)(x)
+  assert given == [{"xla_gpu_enable_triton_gemm": False}]
+  np.testing.assert_allclose(y, expected, rtol=1e-5)
