@@ -17,6 +17,7 @@ from maestro.errors import (
   Interrupted,
   UserError,
 )
+from maestro.exits import exit_early
 from maestro.runs import stop
 
 _FULL = (
@@ -108,13 +109,13 @@ def run(main: Callable[[list[str]], None]) -> None:
       sys.exit(main(_parse(sys.argv)))
   except Interrupted as interrupted:
     print(f"{interrupted}. Run the same command again to go on.")
-    sys.exit(EXIT_TERMINATED)
+    exit_early(EXIT_TERMINATED)
   except KeyboardInterrupt:
     print("\nstopped by Ctrl-C. Run the same command again to go on.")
-    sys.exit(EXIT_INTERRUPTED)
+    exit_early(EXIT_INTERRUPTED)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)
+    exit_early(error.exit_code)
   except OSError as error:
     if error.errno not in _FULL:
       raise
@@ -124,4 +125,4 @@ def run(main: Callable[[list[str]], None]) -> None:
       " same command again",
       file=sys.stderr,
     )
-    sys.exit(EXIT_ERROR)
+    exit_early(EXIT_ERROR)

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -52,7 +53,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import maestro.introspect  # noqa: E402
 import maestro.nn  # noqa: E402
-from maestro import lowrank, trees  # noqa: E402
+from maestro import cli, lowrank, trees  # noqa: E402
 from maestro.lowrank import Rule  # noqa: E402
 
 # Parameters of tests may have wrong types; these are made while collecting.
@@ -67,6 +68,12 @@ def pytest_collection_finish():
 # Where nothing but the project computes: Flax and Optax mix types.
 STRICT = ("ops", "cost", "parallel/test_rules", "test_lowrank", "test_sampling")
 STRICT += ("test_nn", "test_introspect")
+
+
+@pytest.fixture(autouse=True)
+def commands_do_not_end_the_tests(monkeypatch):
+  """What a command in this process does at exit would end pytest's own."""
+  monkeypatch.setattr(cli, "exit_early", sys.exit)
 
 
 @pytest.fixture(autouse=True)

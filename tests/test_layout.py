@@ -85,6 +85,7 @@ def _refused(path, names):
 ROOMS = (
   *(
     "errors",
+    "exits",
     "streams",
     "trees",
     "svd",

@@ -31,6 +31,7 @@ from maestro.errors import (
   Interrupted,
   UserError,
 )
+from maestro.exits import end_at_once
 from maestro.parallel.roll_call import Line, Place
 
 
@@ -322,8 +323,8 @@ def _leave_by(error: BaseException, line: Line) -> None:
   line.fail(str(error) or type(error).__name__, code)
   # At exit JAX would wait for all, and abort; and before that, Python for
   # threads of orbax, which may wait for the others.
-  atexit.register(_end_at_once, code)
-  last = threading.Timer(_LAST, _end_at_once, [code])
+  atexit.register(end_at_once, code)
+  last = threading.Timer(_LAST, end_at_once, [code])
   last.daemon = True
   last.start()
   return None
@@ -334,10 +335,4 @@ def fail(error: UserError) -> NoReturn:
   print(f"error: {error}", file=sys.stderr, flush=True)
   if _line is not None:
     _line.fail(str(error), error.exit_code)
-  _end_at_once(error.exit_code)
-
-
-def _end_at_once(code: int) -> NoReturn:
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  end_at_once(error.exit_code)

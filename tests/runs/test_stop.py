@@ -114,3 +114,33 @@ def test_a_second_sigterm_ends_a_run_that_polls_at_once():
   code, text, seconds = end(process)
   assert code == 75 and seconds < 10
   assert "second SIGTERM" in text or "in the midst" in text
+
+
+ENDINGS = {
+  "Interrupted('stopped at step 3; saved')": 75,
+  "KeyboardInterrupt": 130,
+  "UserError('config.seed: no')": 2,
+  "LostError('process 1 is lost')": 69,
+  "OSError(errno.ENOSPC, 'No space left', 'file')": 2,
+}
+
+
+@pytest.mark.parametrize("error", ENDINGS)
+def test_nothing_is_taken_apart_under_native_threads(error):
+  # What libraries do at exit, with threads of theirs at work, may crash.
+  text = f"""
+import atexit, errno, os
+atexit.register(os.abort)
+from maestro import cli
+from maestro.errors import Interrupted, LostError, UserError
+
+def main(argv):
+  raise {error}
+
+cli.run(main)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", text], capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == ENDINGS[error], done.stderr
+  assert "Traceback" not in done.stderr and done.stdout + done.stderr
