@@ -1,4 +1,4 @@
-"""The peers in plain Flax: LeNet, ResNet-18 and VGG-19 of `flax.linen` only.
+"""The peers in plain Flax: four networks of `flax.linen` only.
 
 Written as a user of Flax would write them. Modules have the names that they
 have in `maestro.models`, so that one tree of parameters serves both.
@@ -21,6 +21,24 @@ def _norm(train: bool, dtype: str | None):
     epsilon=1e-5,
     dtype=dtype,
   )
+
+
+class MLP(nn.Module):
+  """The peer of `maestro.models.MLP`."""
+
+  num_classes: int
+  features: tuple[int, ...] = (256, 128)
+  dtype: str | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Returns logits [b, num_classes] of images [b, h, w, c]."""
+    del train
+    x = x.reshape((x.shape[0], -1))
+    for i, width in enumerate(self.features, 1):
+      x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"fc{i}")(x))
+    name = f"fc{len(self.features) + 1}"
+    return nn.Dense(self.num_classes, dtype=self.dtype, name=name)(x)
 
 
 class LeNet(nn.Module):
@@ -120,4 +138,9 @@ class VGG19(nn.Module):
     return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(x)
 
 
-NETWORKS = {"lenet": LeNet, "resnet18": ResNet18, "vgg19": VGG19}
+NETWORKS = {
+  "lenet": LeNet,
+  "mlp": MLP,
+  "resnet18": ResNet18,
+  "vgg19": VGG19,
+}

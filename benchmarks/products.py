@@ -10,8 +10,11 @@ last layer's output, "training" the gradients by all weights and the input.
 
   dense        w [d, d]
   static       u [d, r] and v [r, d]: a model that was cut to rank r
-  mask         u [d, d/2] and v [d/2, d] under a mask of r columns, where r is
-               known only as the program runs: a model whose ranks are sampled
+  mask         u [d, R], v [R, d], R = d / --stored, at a rank r that is known
+               only as the program runs, as of a model whose ranks are sampled:
+               `ops.lowrank_dot`, implementation "xla", at the full cost
+  switch       the same by implementation "switch", whose cost follows the rank;
+               also at r = R
 
 Floor: the time of the needed operations at the device's own measured ceiling of
 products, or of the needed bytes at that of copies, whichever is longer (each
@@ -32,7 +35,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.train_step import Form, append, interleave, machine
-from maestro import cli
+from maestro import cli, ops
 from maestro.errors import UserError
 from maestro.report.tables import text_table
 
@@ -99,11 +102,16 @@ def _static(x: jax.Array, weights: Any) -> jax.Array:
   return x
 
 
-def _mask(x: jax.Array, weights: Any, rank: jax.Array) -> jax.Array:
-  for u, v in weights:
-    kept = jnp.arange(u.shape[-1]) < rank
-    x = jax.nn.relu(jnp.where(kept, x @ u, 0) @ v)
-  return x
+def _runtime(implementation: str) -> Callable:
+  """Layers of a rank that is an argument of the program."""
+
+  def forward(x: jax.Array, weights: Any, rank: jax.Array) -> jax.Array:
+    for u, v in weights:
+      y = ops.lowrank_dot(x, u, v, rank, implementation=implementation)
+      x = jax.nn.relu(y)
+    return x
+
+  return forward
 
 
 def _training(forward: Callable) -> Callable:
@@ -168,12 +176,16 @@ def measure(
   *,
   depth: int,
   shares: list[int],
+  stored: int,
   dtype: str,
   rounds: int,
   limits: Mapping[str, float],
   seconds: float,
 ) -> list[dict[str, Any]]:
-  """Measures all forms at one size; `shares` are n of ranks d / n."""
+  """Measures all forms at one size; `shares` are n of ranks d / n.
+
+  Factors of forms whose rank is known late have rank d / `stored`.
+  """
   x = jax.random.normal(jax.random.key(2), (rows, size), dtype)
   ranks = {n: max(size // n, 1) for n in shares}
   found = []
@@ -186,11 +198,16 @@ def measure(
       factors = _weights(size, rank, depth, dtype)
       name = f"static d/{n}"
       forms[name], wanted[name] = _compiled(wrap(_static), x, factors), rank
-    half, least = max(size // 2, 1), min(ranks.values())
-    factors = _weights(size, half, depth, dtype)
-    name = f"mask d/{max(ranks)} of d/2"
-    forms[name] = _compiled(wrap(_mask), x, factors, jnp.int32(least))
-    wanted[name] = least
+    largest = max(size // stored, 1)
+    factors = _weights(size, largest, depth, dtype)
+    for kind, implementation in (("mask", "xla"), ("switch", "switch")):
+      for n, rank in {**ranks, stored: largest}.items():
+        if rank > largest or (kind == "mask" and n != stored):
+          continue  # a mask costs the same at any rank
+        name = f"{kind} d/{n} of d/{stored}"
+        program = wrap(_runtime(implementation))
+        forms[name] = _compiled(program, x, factors, jnp.int32(rank))
+        wanted[name] = rank
     times, _, _ = interleave(forms, rounds, seconds)
     for form, ms in times.items():
       rank = wanted[form]
@@ -212,6 +229,9 @@ def measure(
           "floor_us": 1e3 * floor,
           "over_floor": each / floor,
           "ratio_to_dense": float(np.median(ms / times["dense"])),
+          "ratio_to_mask": float(
+            np.median(ms / times[f"mask d/{stored} of d/{stored}"])
+          ),
           "compile_seconds": forms[form].facts["compile_seconds"],
         }
         | {f"ceiling_{key}": value for key, value in limits.items()}
@@ -222,7 +242,9 @@ def measure(
 
 def table(found: list[dict[str, Any]]) -> str:
   """Lays the rows out as text."""
-  cells = [["B", "d", "pass", "form", "us a layer", "/ floor", "/ dense"]]
+  cells = [
+    ["B", "d", "pass", "form", "us a layer", "/ floor", "/ dense", "/ mask"]
+  ]
   cells += [
     [
       f"{row['rows']}",
@@ -232,6 +254,7 @@ def table(found: list[dict[str, Any]]) -> str:
       f"{row['us']:.1f}",
       f"{row['over_floor']:.2f}",
       f"{row['ratio_to_dense']:.2f}",
+      f"{row['ratio_to_mask']:.2f}",
     ]
     for row in found
   ]
@@ -250,12 +273,16 @@ def main(argv: list[str]) -> None:
     )
   except ValueError as e:
     raise UserError(f"--rows, --sizes, --shares: {e}") from None
-  if min([*batches, *sizes, *shares, values.rounds, values.depth]) < 1:
-    raise UserError("--rows, --sizes, --shares, --rounds, --depth: from 1 on")
+  counts = [values.rounds, values.depth, values.stored]
+  if min([*batches, *sizes, *shares, *counts]) < 1:
+    raise UserError(
+      "--rows, --sizes, --shares, --rounds, --depth, --stored: from 1 on"
+    )
   run = functools.partial(
     measure,
     depth=values.depth,
     shares=shares,
+    stored=values.stored,
     dtype=values.dtype,
     rounds=values.rounds,
     seconds=0.05,
@@ -287,6 +314,7 @@ def define_flags() -> None:
   flags.DEFINE_list("sizes", ["1024", "4096"], "d: inputs and outputs.")
   flags.DEFINE_list("rows", ["1024", "8192"], "B: rows of the input.")
   flags.DEFINE_list("shares", ["4", "8", "32"], "n of the ranks d/n.")
+  flags.DEFINE_integer("stored", 2, "n of the stored rank d/n.")
   flags.DEFINE_integer("depth", 8, "Layers of a program.")
   flags.DEFINE_integer("rounds", 7, "Times each form is timed.")
   flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of all.")

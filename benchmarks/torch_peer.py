@@ -2,7 +2,7 @@
 
   python -m benchmarks.torch_peer
 
-The first line is {"network", "factored", "shape", "batch_size", "width",
+The first line is {"network", "factored", "shape", "batch_size", "options",
 "threads", "device", "dtype"} and is answered by {"torch", "threads", "params",
 "state_bytes"}; each further line {"steps": n} by {"seconds", "cpu_seconds"}.
 The process ends with its input. It knows nothing of JAX, so that neither
@@ -72,6 +72,16 @@ def lenet(*, factored: bool) -> nn.Module:
   )
 
 
+def mlp(*, factored: bool, features: list[int]) -> nn.Module:
+  """Linear layers with ReLU between them on 1 x 28 x 28 inputs, ten classes."""
+  layers: list[nn.Module] = [nn.Flatten()]
+  n_in = 784
+  for n_out in features:
+    layers += [_linear(n_in, n_out, factored=factored), nn.ReLU()]
+    n_in = n_out
+  return nn.Sequential(*layers, _linear(n_in, 10, factored=factored))
+
+
 class Block(nn.Module):
   """Basic block: conv 3x3, conv 3x3, and a 1x1 shortcut where shapes change."""
 
@@ -130,7 +140,12 @@ def vgg19(*, factored: bool, width: int = 64) -> nn.Module:
   )
 
 
-NETWORKS = {"lenet": lenet, "resnet18": resnet18, "vgg19": vgg19}
+NETWORKS = {
+  "lenet": lenet,
+  "mlp": mlp,
+  "resnet18": resnet18,
+  "vgg19": vgg19,
+}
 
 
 class Peer:
@@ -147,12 +162,12 @@ class Peer:
     factored: bool,
     shape: list[int],
     batch_size: int,
-    width: int | None,
+    options: dict[str, Any],
     threads: int,
     device: str = "cpu",
     dtype: str = "float32",
   ):
-    """Makes the network; `shape` is (height, width, channels) of one image."""
+    """Makes the network, with `options`; `shape` is that of one image, HWC."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
@@ -161,7 +176,6 @@ class Peer:
     self.layout = (
       torch.contiguous_format if device == "cpu" else torch.channels_last
     )
-    options: dict[str, Any] = {} if width is None else {"width": width}
     model = NETWORKS[network](factored=factored, **options).train()
     self.model = model.to(device=device, memory_format=self.layout)
     self.optimizer = torch.optim.SGD(

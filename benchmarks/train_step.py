@@ -12,6 +12,9 @@ Forms (--forms):
   factored        ours at full rank
   sampled         and with the one-layer sampler
   lasso           and with the group lasso
+  independent     at full rank, with the sampler that draws all layers' ranks
+  switch          the same with products whose cost follows the rank, where that
+                  pays (`ops.prefer`)
   truncated50     factored, cut to 50 % of the ranks; no sampler, no lasso
   truncated25     to 25 %
   torch_dense     the same network in PyTorch
@@ -77,27 +80,51 @@ LAM = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """The inputs of a network and its usual batch; its models share its name."""
+  """The inputs of a network, its usual batch and the options of its models."""
 
   title: str
   shape: tuple[int, int, int]
   batch_size: int
-  has_width: bool = True
+  has_width: bool = False
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 NETWORKS = {
-  "lenet": Network("LeNet", (28, 28, 1), 256, has_width=False),
-  "resnet18": Network("ResNet-18", (32, 32, 3), 64),
-  "vgg19": Network("VGG-19", (32, 32, 3), 32),
+  "lenet": Network("LeNet", (28, 28, 1), 256),
+  "resnet18": Network("ResNet-18", (32, 32, 3), 64, has_width=True),
+  "vgg19": Network("VGG-19", (32, 32, 3), 32, has_width=True),
+  "mlp": Network(
+    "MLP, 4 x 1024", (28, 28, 1), 128, options={"features": (1024,) * 4}
+  ),
 }
-# Our forms: the fraction of the ranks (None is dense), sampler, lambda.
-OURS: dict[str, tuple[float | None, Callable, float]] = {
-  "dense": (None, sampling.full, 0.0),
-  "factored": (1.0, sampling.full, 0.0),
-  "sampled": (1.0, sampling.one_layer, 0.0),
-  "lasso": (1.0, sampling.one_layer, LAM),
-  "truncated50": (0.5, sampling.full, 0.0),
-  "truncated25": (0.25, sampling.full, 0.0),
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+  """One of our forms.
+
+  Attributes:
+    fraction: of the ranks that are stored; None is dense.
+    sampler: of the ranks of a step.
+    lam: of the lasso.
+    implementation: that products prefer.
+  """
+
+  fraction: float | None = 1.0
+  sampler: Callable = sampling.full
+  lam: float = 0.0
+  implementation: str = "xla"
+
+
+OURS = {
+  "dense": Ours(None),
+  "factored": Ours(),
+  "sampled": Ours(sampler=sampling.one_layer),
+  "lasso": Ours(sampler=sampling.one_layer, lam=LAM),
+  "independent": Ours(sampler=sampling.independent),
+  "switch": Ours(sampler=sampling.independent, implementation="switch"),
+  "truncated50": Ours(0.5),
+  "truncated25": Ours(0.25),
 }
 TORCH = {"torch_dense": False, "torch_factored": True}
 LABELS = {
@@ -106,6 +133,8 @@ LABELS = {
   "factored": "ours, full rank",
   "sampled": "  + sampler",
   "lasso": "  + sampler + lasso",
+  "independent": "  + independent ranks",
+  "switch": "  + these by a switch",
   "truncated50": "ours, 50 % of the ranks",
   "truncated25": "ours, 25 % of the ranks",
   "torch_dense": "PyTorch, dense",
@@ -280,6 +309,7 @@ class Bench:
     network: of `NETWORKS`.
     batch_size: examples of a step.
     steps: steps per dispatch.
+    options: of the network's models.
   """
 
   def __init__(self, name: str, options: Options):
@@ -289,9 +319,10 @@ class Bench:
     default = 1 if jax.default_backend() == "cpu" else 16
     self.steps = options.steps_per_dispatch or default
     self.width = options.width if self.network.has_width else None
-    model_options: dict[str, Any] = {"num_classes": 10, "dtype": options.dtype}
+    self.options = dict(self.network.options)
     if self.width is not None:
-      model_options["width"] = self.width
+      self.options["width"] = self.width
+    model_options = {"num_classes": 10, "dtype": options.dtype, **self.options}
     self.model = models.MODELS[name](**model_options)
     self.plain = plain.NETWORKS[name](**model_options)
     self.tx = optax.sgd(LEARNING_RATE, momentum=0.9)
@@ -340,14 +371,12 @@ class Bench:
     form.facts |= facts
     return form
 
-  def our_form(
-    self, fraction: float | None, sampler: Callable, lam: float
-  ) -> Form:
+  def our_form(self, ours: Ours) -> Form:
     """Our step, see `OURS`."""
     params, ranks = self.params, {}
-    if fraction is not None:
+    if ours.fraction is not None:
       full = lowrank.full_ranks(self.factored)
-      ranks = sampling.fixed(jax.random.key(0), full, fraction=fraction)
+      ranks = sampling.fixed(jax.random.key(0), full, fraction=ours.fraction)
       params = lowrank.truncate(self.factored, ranks)
     fresh = self._fresh(params)
     facts = self._facts(fresh)
@@ -362,13 +391,14 @@ class Bench:
       self.tx,
       loss="cross_entropy",
       preprocess=lambda x, key=None: x.astype(jnp.float32) / 255,
-      sampler=sampler,
+      sampler=ours.sampler,
       batch_size=self.batch_size,
       steps_per_epoch=BATCHES,
-      lam=lam,
+      lam=ours.lam,
       penalty=lowrank.group_lasso,
       full_pass=None,
       placement=Placement(make_mesh(MeshShape(data=1)), {}),
+      implementation=ours.implementation,
     )
     dispatch = make_dispatch(step, self.steps)
     form = _stepper(dispatch, state, self.arrays, self.steps)
@@ -446,7 +476,7 @@ def _torch_form(
       "factored": factored,
       "shape": bench.network.shape,
       "batch_size": bench.batch_size,
-      "width": bench.width,
+      "options": bench.options,
       "threads": cores(),
       "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
       "dtype": dtype or "float32",
@@ -472,7 +502,7 @@ def _forms(bench: Bench, options: Options, stack) -> dict[str, Form]:
     if name == "plain":
       forms[name] = bench.plain_form()
     elif name in OURS:
-      forms[name] = bench.our_form(*OURS[name])
+      forms[name] = bench.our_form(OURS[name])
     elif name == "penalty":
       forms |= bench.penalty_forms()
     elif not _no_torch(options):

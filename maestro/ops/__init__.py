@@ -1,7 +1,7 @@
 """Products with truncated factors: one signature, several implementations."""
 
 from maestro.ops.cpu import convolution, unroll
-from maestro.ops.dispatch import lowrank_conv, lowrank_dot
+from maestro.ops.dispatch import lowrank_conv, lowrank_dot, prefer
 from maestro.ops.precise import jit_precise
 
 __all__ = [
@@ -9,5 +9,6 @@ __all__ = [
   "jit_precise",
   "lowrank_conv",
   "lowrank_dot",
+  "prefer",
   "unroll",
 ]

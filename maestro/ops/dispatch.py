@@ -1,6 +1,9 @@
 """Checks arguments and chooses the implementation of a low-rank product."""
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -8,22 +11,51 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from maestro.ops import xla
+from maestro.ops import switch, xla
 from maestro.trees import check_rank
 
 Rank = int | Int[Array, "*lead"] | np.integer | None
-IMPLEMENTATIONS = {"xla": xla}
+IMPLEMENTATIONS = {"xla": xla, "switch": switch}
+
+_preferred: contextvars.ContextVar[str] = contextvars.ContextVar(
+  "preferred", default="xla"
+)
 
 
-def _choose(implementation: str | None):
-  if implementation is None:
-    return xla
+@contextlib.contextmanager
+def prefer(implementation: str) -> Iterator[None]:
+  """Products that are traced within use this one where it pays.
+
+  Those that name an implementation keep theirs. "xla" is everyone's default:
+  it has all derivatives, and its products divide over devices. "switch" pays
+  for a traced rank of a dense layer, see `switch.pays`, on one CPU device; its
+  cost follows the rank.
+
+  Raises:
+    ValueError: there is none of this name.
+  """
+  token = _preferred.set(_known(implementation))
+  try:
+    yield
+  finally:
+    _preferred.reset(token)
+
+
+def _known(implementation: str) -> str:
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation={implementation!r} is unknown; use None (choose) or one"
       f" of {sorted(IMPLEMENTATIONS)}"
     )
-  return IMPLEMENTATIONS[implementation]
+  return implementation
+
+
+def _choose(implementation: str | None, pays: bool) -> Any:
+  """The module of an implementation; `pays` says whether a switch does."""
+  if implementation is None:
+    preferred = _preferred.get()
+    implementation = "xla" if preferred == "switch" and not pays else preferred
+  return IMPLEMENTATIONS[_known(implementation)]
 
 
 def _prefix(u: jax.Array, v: jax.Array, rank: Rank, lead: int):
@@ -61,7 +93,10 @@ def lowrank_dot(
       out of [0, R] raise, traced ones are clipped. Rank 0 gives the bias.
     bias: added to every row.
     precision: as for `jax.numpy.dot`.
-    implementation: None chooses; "xla".
+    implementation: "xla" masks a traced rank, at the cost of the full one;
+      "switch" runs at the next of a few static ranks, so that its cost follows
+      the rank, and has first derivatives by reverse mode only; None is "xla",
+      or what `prefer` says.
   """
   if x.shape[-1] != u.shape[0] or u.shape[1] != v.shape[0]:
     raise ValueError(
@@ -69,7 +104,9 @@ def lowrank_dot(
       " expected x [..., in], u [in, R], v [R, out]"
     )
   u, v, rank = _prefix(u, v, rank, 0)
-  return _choose(implementation).dot(
+  rows = math.prod(x.shape[:-1])
+  pays = rank is not None and switch.pays(rows, u.shape[0], v.shape[1])
+  return _choose(implementation, pays).dot(
     x, u, v, rank, bias=bias, precision=precision
   )
 
@@ -103,7 +140,9 @@ def lowrank_conv(
     groups: G; output channels are group-major, as in `lax` and Flax.
     bias: [out], added to every pixel.
     precision: as for `lax.conv_general_dilated`.
-    implementation: None chooses; "xla".
+    implementation: as for `lowrank_dot`; "switch" lays the windows side by side
+      and multiplies them, which takes as much memory as the windows. None is
+      never a switch.
 
   Returns:
     [batch, *out space, out]; its shape does not depend on the rank.
@@ -128,7 +167,7 @@ def lowrank_conv(
   if lead and rank is not None:
     rank = jnp.broadcast_to(rank, (groups,))
   ones = (1,) * n
-  return _choose(implementation).conv(
+  return _choose(implementation, pays=False).conv(
     x,
     u,
     v,

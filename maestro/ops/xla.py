@@ -16,13 +16,13 @@ from maestro.ops.cpu import convolution
 from maestro.trees import mask_factor
 
 
-def _add_bias(y, bias):
+def add_bias(y, bias):
   if bias is None:
     return y
   return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
-def _multiply_out(rows: Any, n_in: int, rank: int, n_out: int) -> bool:
+def multiply_out(rows: Any, n_in: int, rank: int, n_out: int) -> bool:
   """True if u @ v and one product take fewer MACs than two products.
 
   That is so above break-even, rank > in * out / (in + out), for enough rows:
@@ -40,12 +40,12 @@ def dot(x, u, v, rank, *, bias, precision):
   if rank is not None:
     u, v = mask_factor(u, "u", rank), mask_factor(v, "v", rank)
   (n_in, r), n_out = u.shape, v.shape[1]
-  if _multiply_out(math.prod(x.shape[:-1]), n_in, r, n_out):
+  if multiply_out(math.prod(x.shape[:-1]), n_in, r, n_out):
     kernel = jnp.dot(u, v, precision=precision)
-    return _add_bias(jnp.dot(x, kernel, precision=precision), bias)
+    return add_bias(jnp.dot(x, kernel, precision=precision), bias)
   h = jnp.dot(x, u, precision=precision)
   y = jnp.dot(h, v, precision=precision)
-  return _add_bias(y, bias)
+  return add_bias(y, bias)
 
 
 def conv(
@@ -98,8 +98,8 @@ def conv(
         :-1
       ]
     )
-    if _multiply_out(rows, n_in, u.shape[-1], n_out):
-      return _add_bias(convolve(x, jnp.dot(u, v, precision=precision)), bias)
+    if multiply_out(rows, n_in, u.shape[-1], n_out):
+      return add_bias(convolve(x, jnp.dot(u, v, precision=precision)), bias)
   if u.shape[-1]:
     h = convolve(x, u)
   else:  # XLA has no convolution to zero channels, but it has its shape
@@ -112,4 +112,4 @@ def conv(
     y = y.reshape((*y.shape[:-2], groups * v.shape[-1]))
   else:
     y = jnp.dot(h, v, precision=precision)
-  return _add_bias(y, bias)
+  return add_bias(y, bias)

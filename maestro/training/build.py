@@ -12,7 +12,7 @@ import optax
 
 from maestro import data as data_lib
 from maestro import introspect as nn
-from maestro import streams
+from maestro import sampling, streams
 from maestro.cost.count import Cost, count_cost
 from maestro.methods import bind as methods
 from maestro.methods.subject import Subject
@@ -304,6 +304,7 @@ def make_training(
       accumulate=c.accumulate,
       remat=c.remat,
       ema=c.ema,
+      implementation=_implementation(method.samplers[phase], mesh),
     )
     return make_dispatch(step, steps)
 
@@ -405,6 +406,13 @@ def _dispatch_size(steps_per_epoch: int, mesh: Mesh) -> int:
   if unrolls(mesh):
     return 1
   return max(k for k in range(1, 17) if steps_per_epoch % k == 0)
+
+
+def _implementation(sampler: Callable, mesh: Mesh) -> str:
+  """Of products: "switch" where all ranks fall in a step, on one CPU device."""
+  function = getattr(sampler, "func", sampler)
+  alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+  return "switch" if alone and function is sampling.independent else "xla"
 
 
 def batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:

@@ -27,11 +27,18 @@ from maestro import lowrank, models, trees
 from maestro.errors import Interrupted, UserError
 from maestro.lowrank import Rule
 
-COUNTS = {"lenet": 44_426, "resnet18": 11_173_962, "vgg19": 20_040_522}
+COUNTS = {
+  "lenet": 44_426,
+  "mlp": 3_962_890,
+  "resnet18": 11_173_962,
+  "vgg19": 20_040_522,
+}
 
 
 def _options(name, width):
-  return {"width": width} if NETWORKS[name].has_width else {}
+  network = NETWORKS[name]
+  more = {"width": width} if network.has_width else {}
+  return {**network.options, **more}
 
 
 def _inputs(name, batch=2):
@@ -85,8 +92,9 @@ def _size(tree):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_plain_peer_has_our_parameters(name):
-  ours = _shapes(models.MODELS[name](num_classes=10), name)
-  theirs = _shapes(plain.NETWORKS[name](num_classes=10), name)
+  options = NETWORKS[name].options
+  ours = _shapes(models.MODELS[name](num_classes=10, **options), name)
+  theirs = _shapes(plain.NETWORKS[name](num_classes=10, **options), name)
   assert _size(theirs["params"]) == COUNTS[name]
   assert jax.tree.map(lambda x: x.shape, theirs) == jax.tree.map(
     lambda x: x.shape, ours
@@ -159,7 +167,9 @@ def test_the_torch_peer_is_our_function(name, close, jit):
         module.weight.copy_(arrays["kernel"].permute(3, 2, 0, 1))
       else:
         kernel = arrays["kernel"]
-        if path == "fc1":  # flattened pixels: ours are channels last
+        if (
+          path == "fc1" and name == "lenet"
+        ):  # flattened pixels: ours are channels last
           kernel = kernel.reshape(4, 4, 16, -1).permute(2, 0, 1, 3)
         module.weight.copy_(kernel.reshape(module.in_features, -1).T)
       if "bias" in arrays:
@@ -174,6 +184,8 @@ def _order(name):
   """Paths of our layers and norms in the order of the PyTorch peer's."""
   if name == "lenet":
     return ["conv1", "conv2", "fc1", "fc2", "fc3"]
+  if name == "mlp":
+    return [f"fc{i}" for i in range(1, 6)]
   if name == "resnet18":
     parts = ("conv1", "norm1", "conv2", "norm2", "shortcut", "shortcut_norm")
     blocks = [f"stage{i}_block{j}" for i in range(1, 5) for j in (1, 2)]
@@ -440,6 +452,7 @@ def test_products_measures_forms_that_are_what_they_say():
     16,
     depth=2,
     shares=[2, 8],
+    stored=4,
     dtype="float32",
     rounds=1,
     limits=limits,
@@ -447,18 +460,20 @@ def test_products_measures_forms_that_are_what_they_say():
   )
   forms = [(row["pass"], row["form"], row["rank"]) for row in rows]
   names = ("dense", None), ("static d/2", 8), ("static d/8", 2)
-  names = (*names, ("mask d/8 of d/2", 2))
+  names = (*names, ("mask d/4 of d/4", 4))
+  names = (*names, ("switch d/8 of d/4", 2), ("switch d/4 of d/4", 4))
   assert forms == [(p, *n) for p in ("forward", "training") for n in names]
   assert all(row["us"] > 0 and row["over_floor"] > 0 for row in rows)
-  assert "mask d/8 of d/2" in products.table(rows)
+  assert "switch d/8 of d/4" in products.table(rows)
 
 
-def test_a_mask_is_the_cut_layer():
+@pytest.mark.parametrize("implementation", ["xla", "switch"])
+def test_a_rank_known_late_is_that_of_the_cut_layer(implementation):
   x = jax.random.normal(jax.random.key(0), (5, 8))
   factors = products._weights(8, 4, 3, "float32")
   cut = [(u[:, :2], v[:2]) for u, v in factors]
   np.testing.assert_allclose(
-    products._mask(x, factors, jnp.int32(2)),
+    products._runtime(implementation)(x, factors, jnp.int32(2)),
     products._static(x, cut),
     rtol=1e-5,
     atol=1e-6,

@@ -18,9 +18,10 @@ from maestro.data import Split
 from maestro.errors import UserError
 from maestro.lowrank import Rule
 from maestro.models.mlp import MLP
+from maestro.ops import switch
 from maestro.parallel.mesh import MeshShape, make_mesh, replicate
 from maestro.parallel.rules import Placement
-from maestro.training import accumulate, losses
+from maestro.training import accumulate, build, losses
 from maestro.training.config import FullPass, parse
 from maestro.training.evaluate import make_evaluate
 from maestro.training.state import TrainState, new_state, zero_metrics
@@ -131,6 +132,35 @@ def test_a_step_minimises_the_loss_at_sampled_ranks_plus_the_lasso(close):
   assert state.metrics["steps"] == 1
   total = state.metrics["loss"] + state.metrics["penalty"]
   assert float(total) == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"accumulate": 2},
+    {"remat": "dots"},
+    {"full_pass": FullPass(distill=0.5)},
+    {"dispatch": 3},
+  ],
+)
+def test_a_step_whose_cost_follows_the_ranks_is_the_same_step(
+  options, close, monkeypatch
+):
+  monkeypatch.setattr(switch, "pays", lambda *_: True)  # small as they are
+  masked, losses_masked = run(steps=3, **options)
+  switched, losses_switched = run(steps=3, implementation="switch", **options)
+  np.testing.assert_allclose(losses_switched, losses_masked, rtol=1e-4)
+  close(gradients(switched), gradients(masked), 1e-4)
+
+
+def test_steps_switch_where_all_ranks_fall_on_one_cpu():
+  one, eight = (make_mesh(MeshShape(data=n)) for n in (1, 8))
+  drawn = functools.partial(sampling.independent)
+  assert build._implementation(drawn, one) == "switch"
+  assert build._implementation(drawn, eight) == "xla"
+  for other in (sampling.one_layer, sampling.full):
+    assert build._implementation(functools.partial(other), one) == "xla"
 
 
 def test_full_distillation_at_full_rank_is_training_on_labels(close):
