@@ -12,7 +12,7 @@ Parts, in this order, each a command of its own whose output is shown:
   step      ResNet-18's training step, dense, factored, cut and PyTorch's:
             step.jsonl
   products  low-rank products against dense ones: products.jsonl
-  cifar     rows of `experiments.cifar10 --variant=gpu`: cifar/
+  cifar     rows of `experiments.cifar10 --variant=gpu --at_once`: cifar/
 
 A part that has ended is not done again: done.jsonl lists them. Lines of results
 are written as they come, so that nothing is lost where the time ends. At the
@@ -53,7 +53,7 @@ def commands(out: pathlib.Path, smoke: bool, minutes: float) -> dict[str, list]:
   step = ["--networks=resnet18", "--dtype=bfloat16", "--batch_size=512"]
   step += ["--forms=dense,truncated25,torch_dense,factored"]
   step += ["--rounds=5", f"--out={out / 'step.jsonl'}"]
-  cifar = ["--variant=gpu", f"--limit_minutes={minutes:.2f}"]
+  cifar = ["--variant=gpu", "--at_once", f"--limit_minutes={minutes:.2f}"]
   cifar += [f"--workdir={out / 'runs'}", f"--out={out / 'cifar'}"]
   experiment = ["-m", "experiments.cifar10"]
   products = [f"--out={out / 'products.jsonl'}"]

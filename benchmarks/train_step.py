@@ -61,7 +61,7 @@ import optax
 from absl import flags
 
 from benchmarks import plain
-from maestro import cli, data, lowrank, models, sampling
+from maestro import cli, data, lowrank, models, ops, sampling
 from maestro import introspect as nn
 from maestro.errors import UserError
 from maestro.parallel.mesh import MeshShape, make_mesh
@@ -398,8 +398,8 @@ class Bench:
       penalty=lowrank.group_lasso,
       full_pass=None,
       placement=Placement(make_mesh(MeshShape(data=1)), {}),
-      implementation=ours.implementation,
     )
+    step = ops.prefer(ours.implementation)(step)
     dispatch = make_dispatch(step, self.steps)
     form = _stepper(dispatch, state, self.arrays, self.steps)
     form.facts |= facts

@@ -1,6 +1,7 @@
 """CIFAR-10: dense, nested, race, Maestro and others, by a config's variant.
 
   python -m experiments.cifar10 --variant=gpu --limit_minutes=9 --out=DIR
+  python -m experiments.cifar10 --variant=gpu --at_once    # on 16 cores or so
   python -m experiments.cifar10 --variant=gpu --network=vgg
   python -m experiments.cifar10 --variant=short            # on CPUs
   python -m experiments.cifar10 --variant=gpu --smoke      # to try it
@@ -12,8 +13,13 @@ is 75; the same command goes on. Results files, curves and a figure are copied
 to --out, experiments/results/cifar10_VARIANT (cifar10_vgg_VARIANT) if not
 given, from which `maestro.report` makes the table. Variants: "" (settled),
 paper, gpu, short.
+
+--at_once starts all rows together, which then share the device: most of a
+short run on a GPU is compilation, by the CPU. Images a second mean nothing
+then.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -233,6 +239,8 @@ def _train(workdir: pathlib.Path, changes: list[str], clock: Clock) -> None:
   command += [f"--config={config.rstrip(':')}", f"--workdir={workdir}"]
   workdir.mkdir(parents=True, exist_ok=True)
   env = dict(os.environ)
+  if values.at_once:
+    env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   if values.variant == "gpu":
     # A run that goes on in the next call need not compile again.
     cache = workdir.parent / "compiled"
@@ -245,6 +253,23 @@ def _train(workdir: pathlib.Path, changes: list[str], clock: Clock) -> None:
   if code:
     raise UserError(f"{workdir} ended with code {code}; see its log.txt")
   print(f"done: {workdir}", flush=True)
+
+
+def _train_at_once(
+  jobs: Mapping[pathlib.Path, list[str]], clock: Clock
+) -> None:
+  """Trains all rows at the same time.
+
+  Raises:
+    UserError: rows failed, once all have ended.
+    Interrupted: none did, but some are not finished.
+  """
+  with concurrent.futures.ThreadPoolExecutor(max(len(jobs), 1)) as pool:
+    started = [pool.submit(_train, *job, clock) for job in jobs.items()]
+    errors = [future.exception() for future in started]
+  errors.sort(key=lambda error: isinstance(error, Interrupted))
+  for error in filter(None, errors):
+    raise error
 
 
 def curves(workdir: pathlib.Path) -> dict[str, dict[str, list]]:
@@ -390,7 +415,7 @@ def _report(names: Sequence[str], out: pathlib.Path) -> None:
   print(f"\nfigure: {out / 'curves.png'}")
   if results:
     print(f"\n{report.compare(list(results.values()))}")
-    for name, one in results.items():
+    for name, one in results.items() if not values.at_once else ():
       speed = one["train"]["examples_per_second"]
       print(f"{name}: {speed:,.1f} images/s in training")
   print(f"\n{published_table(values.network)}")
@@ -439,8 +464,12 @@ def main(argv: list[str]) -> None:
           raise Interrupted("no time is left after the check of the device")
         if code:
           raise UserError("the check of the device failed, see above")
-      for name in missing:
-        _train(root / name, rows[name], clock)
+      jobs = {root / name: rows[name] for name in missing}
+      if values.at_once:
+        _train_at_once(jobs, clock)
+      else:
+        for workdir, changes in jobs.items():
+          _train(workdir, changes, clock)
     finally:
       if (root / _CHECK).exists():
         shutil.copyfile(root / _CHECK, out / _CHECK)
@@ -456,6 +485,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("network", "resnet", list(CONFIGS), "Which one.")
   flags.DEFINE_list("rows", None, "Some of the rows, by name.")
   flags.DEFINE_bool("smoke", False, "Two epochs a run; kept in runs/.")
+  flags.DEFINE_bool("at_once", False, "Start all rows together, see above.")
   flags.DEFINE_string("out", None, "Folder of results, curves, figure.")
   flags.DEFINE_string("workdir", None, "Folder of the runs' workdirs.")
   flags.DEFINE_float(

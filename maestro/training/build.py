@@ -12,7 +12,7 @@ import optax
 
 from maestro import data as data_lib
 from maestro import introspect as nn
-from maestro import sampling, streams
+from maestro import ops, sampling, streams
 from maestro.cost.count import Cost, count_cost
 from maestro.methods import bind as methods
 from maestro.methods.subject import Subject
@@ -304,9 +304,10 @@ def make_training(
       accumulate=c.accumulate,
       remat=c.remat,
       ema=c.ema,
-      implementation=_implementation(method.samplers[phase], mesh),
     )
-    return make_dispatch(step, steps)
+    # A context is a decorator, too: within it the step is traced.
+    prefer = ops.prefer(_implementation(method.samplers[phase], mesh))
+    return make_dispatch(prefer(step), steps)
 
   def initial() -> tuple[Tree, Tree]:
     if c.init_from is None:

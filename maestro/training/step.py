@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maestro import lowrank, ops
+from maestro import lowrank
 from maestro.parallel.mesh import split_batch
 from maestro.parallel.rules import Placement
 from maestro.training import average, losses
@@ -47,7 +47,6 @@ def make_step(
   accumulate: int = 1,
   remat: str = "none",
   ema: float | None = None,
-  implementation: str = "xla",
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Returns step(state, data) -> (state, loss of this step).
 
@@ -74,12 +73,9 @@ def make_step(
   plain step's.
 
   `remat`, a key of POLICIES, says what is kept for the backward pass. Moving
-  averages, if the state has any, follow with the decay `ema`. `implementation`
-  is what products with factors prefer, see `ops.prefer`.
+  averages, if the state has any, follow with the decay `ema`.
   """
-  task = _make_task(
-    model, loss, full_pass, placement, level, remat, implementation
-  )
+  task = _make_task(model, loss, full_pass, placement, level, remat)
 
   def step(state: TrainState, data: Data) -> tuple[TrainState, jax.Array]:
     key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
@@ -163,7 +159,6 @@ def _make_task(
   placement: Placement,
   level: Level | None,
   remat: str,
-  implementation: str,
 ) -> Callable[..., tuple[jax.Array, Any]]:
   """Returns task(params, ranks, carried, x, y, key) -> (loss, (y', carried)).
 
@@ -176,16 +171,16 @@ def _make_task(
     variables = {"params": params}
     if ranks:
       variables["ranks"] = ranks
-    options = {"train": True, "rngs": {"dropout": key}}
-    with ops.prefer(implementation):
-      if not stats:
-        return model.apply(variables, x, **options), stats
-      y, updates = model.apply(
-        variables | {"batch_stats": stats},
-        x,
-        mutable=["batch_stats"],
-        **options,
-      )
+    if not stats:
+      y = model.apply(variables, x, train=True, rngs={"dropout": key})
+      return y, stats
+    y, updates = model.apply(
+      variables | {"batch_stats": stats},
+      x,
+      train=True,
+      rngs={"dropout": key},
+      mutable=["batch_stats"],
+    )
     return y, updates["batch_stats"]
 
   if remat != "none":

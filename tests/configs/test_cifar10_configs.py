@@ -5,6 +5,7 @@ import json
 import pathlib
 import signal
 import sys
+import threading
 import time
 
 import jax
@@ -14,6 +15,7 @@ from experiments import cifar10
 from maestro import introspect as nn
 from maestro import lowrank, trees
 from maestro.cost.count import count_cost
+from maestro.errors import Interrupted, UserError
 from maestro.models import MODELS
 from maestro.runs import metrics
 from maestro.training import build, optim
@@ -249,6 +251,32 @@ def test_the_clock_lets_a_run_end_and_can_be_asked_to_stop():
   assert not clock.over
   clock.ask(signal.SIGTERM, None)
   assert clock.over
+
+
+def test_rows_at_once_run_together_and_each_tells_its_end(
+  monkeypatch, tmp_path
+):
+  meet = threading.Barrier(3, timeout=30)
+  ended = []
+
+  def train(workdir, changes, clock):
+    meet.wait()  # nobody goes on before all are here
+    ended.append(workdir.name)
+    if changes:
+      raise changes[0]
+
+  monkeypatch.setattr(cifar10, "_train", train)
+  clock = cifar10.Clock(None)
+  jobs = {tmp_path / name: [] for name in ("dense", "nested", "race")}
+  cifar10._train_at_once(jobs, clock)
+  assert sorted(ended) == ["dense", "nested", "race"]
+  stopped, failed = Interrupted("nested is not finished"), UserError("race")
+  jobs[tmp_path / "nested"] = [stopped]
+  with pytest.raises(Interrupted, match="nested is not finished"):
+    cifar10._train_at_once(jobs, clock)
+  jobs[tmp_path / "race"] = [failed]  # which the same command does not mend
+  with pytest.raises(UserError, match="race"):
+    cifar10._train_at_once(jobs, clock)
 
 
 def test_a_long_limit_leaves_a_minute_to_save():

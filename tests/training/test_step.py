@@ -13,7 +13,7 @@ import pytest
 
 from maestro import data as data_lib
 from maestro import introspect as nn
-from maestro import lowrank, sampling
+from maestro import lowrank, ops, sampling
 from maestro.data import Split
 from maestro.errors import UserError
 from maestro.lowrank import Rule
@@ -62,7 +62,12 @@ SGD = optax.sgd(1.0)
 
 
 def run(
-  devices=1, steps=1, dispatch=1, sampler=sampling.independent, **options
+  devices=1,
+  steps=1,
+  dispatch=1,
+  sampler=sampling.independent,
+  implementation="xla",
+  **options,
 ):
   """Returns (state, losses) after some steps."""
   x, y, params = problem()
@@ -91,6 +96,7 @@ def run(
   order = data_lib.epoch_order(0, 0, SIZE)
   state = replicate(state, mesh)
   data = replicate({"inputs": x, "targets": y, "order": order}, mesh)
+  step = ops.prefer(implementation)(step)
   call, found = make_dispatch(step, dispatch), []
   for _ in range(steps // dispatch):
     state, step_losses = call(state, data)
