@@ -110,6 +110,10 @@ def main(argv: list[str]) -> None:
     if left <= 0:
       raise Interrupted(f"no time is left for {part}; the same command goes on")
     command = commands(out, values.smoke, left / 60)[part]
+    checked = out / "check" / "device_check.json"
+    if part == "cifar" and checked.exists():  # which would do it again
+      (out / "runs").mkdir(exist_ok=True)
+      shutil.copy(checked, out / "runs")
     print(f"\n== {part}: {left / 60:.1f} minutes are left", flush=True)
     began = time.monotonic()
     code = run(command, left + (_GRACE if part == "cifar" else 0.0))

@@ -1,6 +1,7 @@
 """Ways to end a process that leave no thread behind, and crash on none."""
 
 import atexit
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -8,8 +9,9 @@ from typing import NoReturn
 
 def end_at_once(code: int) -> NoReturn:
   """Ends this process, from whatever thread."""
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # of a closed pipe
+      stream.flush()
   os._exit(code)
 
 
