@@ -11,6 +11,8 @@ Parts, in this order, each a command of its own whose output is shown:
   check     all forms of a truncated ResNet-18 agree here: check/
   step      ResNet-18's training step, dense, factored, cut and PyTorch's:
             step.jsonl
+  library   the dense and the cut step once more, their products by the GPU's
+            library alone, without XLA's search: step_library.jsonl
   products  low-rank products against dense ones: products.jsonl
   cifar     rows of `experiments.cifar10 --variant=gpu --at_once`: cifar/
 
@@ -27,12 +29,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 from absl import flags
 
 from maestro import cli
 from maestro.errors import Interrupted, UserError
 
+# What parts are given beside the environment.
+_MORE = {"library": {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}}
 _GRACE = 20.0  # seconds that a stopped part may take
 _TARGET = """
 import sys, jax
@@ -51,8 +56,11 @@ def commands(out: pathlib.Path, smoke: bool, minutes: float) -> dict[str, list]:
   check = out / "check"
   check.mkdir(parents=True, exist_ok=True)
   step = ["--networks=resnet18", "--dtype=bfloat16", "--batch_size=512"]
-  step += ["--forms=dense,truncated25,torch_dense,factored"]
-  step += ["--rounds=5", f"--out={out / 'step.jsonl'}"]
+  step += ["--rounds=5"]
+  forms = ["--forms=dense,truncated25,torch_dense,factored"]
+  forms += [f"--out={out / 'step.jsonl'}"]
+  library = ["--forms=dense,truncated25"]
+  library += [f"--out={out / 'step_library.jsonl'}"]
   cifar = ["--variant=gpu", "--at_once", f"--limit_minutes={minutes:.2f}"]
   cifar += [f"--workdir={out / 'runs'}", f"--out={out / 'cifar'}"]
   experiment = ["-m", "experiments.cifar10"]
@@ -60,7 +68,8 @@ def commands(out: pathlib.Path, smoke: bool, minutes: float) -> dict[str, list]:
   return {
     "target": ["-c", _TARGET, str(out / "target.bin")],
     "check": [*experiment, "--check_only", f"--out={check}", *small],
-    "step": ["-m", "benchmarks.train_step", *step, *small],
+    "step": ["-m", "benchmarks.train_step", *step, *forms, *small],
+    "library": ["-m", "benchmarks.train_step", *step, *library, *small],
     "products": ["-m", "benchmarks.products", *products, *small],
     "cifar": [*experiment, *cifar, *small],
   }
@@ -74,9 +83,12 @@ def finished(out: pathlib.Path) -> set[str]:
   return {json.loads(line)["part"] for line in path.read_text().splitlines()}
 
 
-def run(command: list[str], seconds: float) -> int | None:
-  """Runs a part; None if it had to be stopped."""
-  process = subprocess.Popen([sys.executable, *command])
+def run(
+  command: list[str], seconds: float, more: Mapping[str, str]
+) -> int | None:
+  """Runs a part, with `more` environment; None if it had to be stopped."""
+  env = {**os.environ, **more}
+  process = subprocess.Popen([sys.executable, *command], env=env)
   try:
     return process.wait(timeout=max(seconds, 1.0))
   except subprocess.TimeoutExpired:
@@ -116,7 +128,8 @@ def main(argv: list[str]) -> None:
       shutil.copy(checked, out / "runs")
     print(f"\n== {part}: {left / 60:.1f} minutes are left", flush=True)
     began = time.monotonic()
-    code = run(command, left + (_GRACE if part == "cifar" else 0.0))
+    grace = _GRACE if part == "cifar" else 0.0  # it stops by itself
+    code = run(command, left + grace, _MORE.get(part, {}))
     took = time.monotonic() - began
     if code == 0:
       with (out / "done.jsonl").open("a") as file:
@@ -133,7 +146,7 @@ def main(argv: list[str]) -> None:
 
 def define_flags() -> None:
   """Defines the command's flags."""
-  parts = ["target", "check", "step", "products", "cifar"]
+  parts = ["target", "check", "step", "library", "products", "cifar"]
   flags.DEFINE_list("parts", parts, "Some of the parts.")
   flags.DEFINE_float("minutes", 12.0, "Stop within so many minutes.")
   flags.DEFINE_string("out", "runs/device", "Folder of all that is kept.")

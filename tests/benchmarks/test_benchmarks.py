@@ -489,8 +489,8 @@ def parts(monkeypatch):
     out.mkdir(parents=True, exist_ok=True)
     return {name: [name] for name in ("one", "two", "three")}
 
-  def run(command, seconds):
-    assert seconds > 0
+  def run(command, seconds, more):
+    assert seconds > 0 and not more
     ran.append(command[0])
     return codes.get(command[0], 0)
 
@@ -547,8 +547,9 @@ def test_unknown_parts_and_no_time_are_refused(parts, tmp_path, monkeypatch):
 
 def test_a_part_is_stopped_at_its_time():
   sleep = ["-c", "import time; time.sleep(60)"]
-  assert device.run(sleep, 0.1) is None
-  assert device.run(["-c", "raise SystemExit(3)"], 60.0) == 3
+  assert device.run(sleep, 0.1, {}) is None
+  code = "import os; raise SystemExit(int(os.environ['CODE']))"
+  assert device.run(["-c", code], 60.0, {"CODE": "3"}) == 3
 
 
 def test_the_parts_are_commands_that_exist(tmp_path):
