@@ -44,6 +44,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def _hear_signals():
+  """As from a terminal: nohup and shells that put tests behind ignore some."""
+  for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+
+
 class Desk:
   """A directory with stand-ins on PATH, and what they wrote down."""
 
@@ -93,6 +99,7 @@ class Desk:
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
+      preexec_fn=_hear_signals,
     ) as process:
       try:
         yield process
