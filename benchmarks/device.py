@@ -54,7 +54,6 @@ def commands(out: pathlib.Path, smoke: bool, minutes: float) -> dict[str, list]:
   """The parts' commands, after `python`; `minutes` are those of cifar."""
   small = ["--smoke"] if smoke else []
   check = out / "check"
-  check.mkdir(parents=True, exist_ok=True)
   step = ["--networks=resnet18", "--dtype=bfloat16", "--batch_size=512"]
   step += ["--rounds=5"]
   forms = ["--forms=dense,truncated25,torch_dense,factored"]
@@ -112,6 +111,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--parts: {unknown} unknown; known: {', '.join(known)}")
   if values.minutes <= 0:
     raise UserError("--minutes: must be above 0")
+  (out / "check").mkdir(parents=True, exist_ok=True)
   end = time.monotonic() + 60 * values.minutes - _GRACE
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
   failed = []

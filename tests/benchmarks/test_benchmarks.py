@@ -486,7 +486,6 @@ def parts(monkeypatch):
   ran, codes = [], {}
 
   def commands(out, smoke, minutes):
-    out.mkdir(parents=True, exist_ok=True)
     return {name: [name] for name in ("one", "two", "three")}
 
   def run(command, seconds, more):

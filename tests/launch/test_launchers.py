@@ -15,6 +15,7 @@ import shutil
 import signal
 import string
 import subprocess
+import sys
 import time
 
 import pytest
@@ -44,10 +45,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _hear_signals():
-  """As from a terminal: nohup and shells that put tests behind ignore some."""
-  for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_DFL)
+# As from a terminal: nohup, and shells that put tests behind, ignore some.
+HEAR = """
+import os, signal, sys
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+  signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Desk:
@@ -92,14 +96,13 @@ class Desk:
   @contextlib.contextmanager
   def started(self, script, *args, **env):
     with subprocess.Popen(
-      self._command(script, args),
+      [sys.executable, "-c", HEAR, *self._command(script, args)],
       cwd=ROOT,
       env=self.env | env,
       stdin=subprocess.DEVNULL,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
-      preexec_fn=_hear_signals,
     ) as process:
       try:
         yield process
