@@ -25,7 +25,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from collections.abc import Mapping
 
 from absl import flags
 
+from experiments.runs import make_folder
 from maestro import cli
 from maestro.errors import Interrupted, UserError
 
@@ -91,13 +91,15 @@ def run(
   try:
     return process.wait(timeout=max(seconds, 1.0))
   except subprocess.TimeoutExpired:
-    process.send_signal(signal.SIGTERM)
-  try:
-    process.wait(timeout=_GRACE)
-  except subprocess.TimeoutExpired:
-    process.kill()
-    process.wait()
-  return None
+    return None
+  finally:  # this one may have been told to stop, too
+    if process.poll() is None:
+      process.terminate()
+      try:
+        process.wait(timeout=_GRACE)
+      except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def main(argv: list[str]) -> None:
@@ -111,7 +113,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--parts: {unknown} unknown; known: {', '.join(known)}")
   if values.minutes <= 0:
     raise UserError("--minutes: must be above 0")
-  (out / "check").mkdir(parents=True, exist_ok=True)
+  make_folder(out / "check", "--out")
   end = time.monotonic() + 60 * values.minutes - _GRACE
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
   failed = []

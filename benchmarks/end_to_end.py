@@ -137,6 +137,8 @@ def main(argv: list[str]) -> None:
   overrides = [f"--config.{key}={value}" for key, value in changed.items()]
   if values.smoke:
     config = smoke_variant(config)
+  if values.out:
+    append([], values.out)
   with tempfile.TemporaryDirectory() as folder:
     rows = measure(
       config,

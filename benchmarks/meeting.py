@@ -106,6 +106,8 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
+  if values.out:
+    append([], values.out)
   rows = []
   for count in [2] if values.smoke else values.processes:
     rows.append(measure(count, values.kib) | machine())

@@ -294,6 +294,8 @@ def main(argv: list[str]) -> None:
     side, copied = 64, 1 << 16
   elif jax.default_backend() == "cpu":
     side, copied = 1024, 1 << 28
+  if values.out:
+    append([], values.out)
   limits = ceilings(values.dtype, side, copied)
   print(
     f"{jax.devices()[0].device_kind}: products in {values.dtype}"

@@ -154,6 +154,8 @@ def main(argv: list[str]) -> None:
   if argv[1:]:
     raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
   values = flags.FLAGS
+  if values.out:
+    append([], values.out)
   mib = 16 if values.smoke else values.mib
   rows = []
   for way in WAYS:

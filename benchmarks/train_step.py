@@ -1,6 +1,6 @@
 """Time and memory of one training step in every form, against stated peers.
 
-  python -m benchmarks.train_step                   # LeNet, ResNet-18, VGG-19
+  python -m benchmarks.train_step                   # all four networks
   python -m benchmarks.train_step --networks=lenet --rounds=30 --out=step.jsonl
   python -m benchmarks.train_step --dtype=bfloat16  # on an accelerator
   python -m benchmarks.train_step --smoke
@@ -722,12 +722,24 @@ def figure(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
 
 
 def append(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-  """Appends rows as JSON lines; makes the folder if need be."""
+  """Appends rows as JSON lines; makes the folder if need be.
+
+  With no rows it checks, before anything is measured, that it can.
+
+  Raises:
+    UserError: it cannot.
+  """
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a") as file:
-    for row in rows:
-      file.write(json.dumps(row) + "\n")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+      for row in rows:
+        file.write(json.dumps(row) + "\n")
+  except OSError as error:
+    raise UserError(
+      f"--out: cannot write {path} ({error.strerror}); name a file that can be"
+      " written"
+    ) from error
 
 
 def main(argv: list[str]) -> None:
@@ -746,6 +758,8 @@ def main(argv: list[str]) -> None:
   if why and any(form in TORCH for form in options.forms):
     print(f"PyTorch peers are left out: {why}\n")
   rows: list[dict[str, Any]] = []
+  if values.out:
+    append([], values.out)
   for name in options.networks:
     new = measure(name, options)
     if values.out:
@@ -765,7 +779,7 @@ def define_flags() -> None:
     "batch_size",
     None,
     "Examples per step; the default is 256 for LeNet, 64 for ResNet-18, 32 for"
-    " VGG-19.",
+    " VGG-19, 128 for the MLP.",
   )
   flags.DEFINE_integer("rounds", options.rounds, "Times each form is timed.")
   flags.DEFINE_string("dtype", None, "Of the computation; float32 if left out.")

@@ -37,6 +37,7 @@ import matplotlib.figure
 import matplotlib.ticker
 from absl import flags
 
+from experiments.runs import make_folder
 from maestro import cli
 from maestro.errors import EXIT_TERMINATED, Interrupted, UserError
 from maestro.report import style
@@ -124,7 +125,7 @@ def check_device(network: str, width: int = 64) -> dict[str, Any]:
   import numpy as np
 
   import maestro
-  from maestro import trees
+  from maestro import ops, trees
   from maestro.models import MODELS
 
   name = {"resnet": "resnet18", "vgg": "vgg19"}[network]
@@ -142,7 +143,7 @@ def check_device(network: str, width: int = 64) -> dict[str, Any]:
     {path: np.int32(rng.integers(r // 2, r + 1)) for path, r in full.items()}
   )
 
-  @jax.jit
+  @ops.jit_precise
   def logits(params, ranks=None):
     inputs = variables | {"params": params}
     return model.apply(
@@ -447,8 +448,8 @@ def main(argv: list[str]) -> None:
   out = pathlib.Path(
     values.out or (root / "report" if values.smoke else RESULTS / folder)
   )
-  for path in (root, out):
-    path.mkdir(parents=True, exist_ok=True)
+  make_folder(root, "--workdir")
+  make_folder(out, "--out")
   with _sigterm(clock):
     try:
       missing = [n for n in chosen if not (root / n / "results.json").exists()]

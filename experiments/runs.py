@@ -18,6 +18,25 @@ class RunError(UserError):
   """A training did not finish; says where its log is."""
 
 
+def make_folder(path: str | os.PathLike, flag: str) -> None:
+  """Makes a folder, and those around it.
+
+  Raises:
+    UserError: it cannot be made, or written to; names the flag that gave it.
+  """
+  try:
+    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    writable = os.access(path, os.W_OK)
+    why = None if writable else "Permission denied"
+  except OSError as error:
+    why = error.strerror
+  if why:
+    raise UserError(
+      f"{flag}: cannot write to {path} ({why}); name a folder that can be"
+      " written"
+    )
+
+
 def run(
   config: str, workdir: str | os.PathLike, overrides: Sequence[str] = ()
 ) -> None:

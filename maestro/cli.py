@@ -116,9 +116,11 @@ def run(main: Callable[[list[str]], None]) -> None:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     exit_early(error.exit_code)
-  except OSError as error:
-    if error.errno not in _FULL:
-      raise
+  except Exception as error:
+    if not (isinstance(error, OSError) and error.errno in _FULL):
+      # As if nothing had caught it.
+      sys.excepthook(type(error), error, error.__traceback__)
+      exit_early(1)
     print(
       f"error: cannot write {error.filename or 'a file of the run'}:"
       f" {error.strerror}; free space or choose another --workdir, then run the"

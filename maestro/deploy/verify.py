@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maestro import lowrank
+from maestro import lowrank, ops
 from maestro.errors import UserError
 from maestro.introspect import mode
 
@@ -36,7 +36,7 @@ def make_outputs(model: Any, example: Any) -> Callable[..., Any]:
     model = model.clone(dtype="float32")
   x, told = make_inputs(example), mode(model, train=False)
 
-  @jax.jit  # ranks are traced: one compilation for all masks
+  @ops.jit_precise  # ranks are traced: one compilation for all masks
   def forward(variables, ranks):
     params = lowrank.mask(variables["params"], ranks)
     return model.apply({**variables, "params": params}, x, **told)

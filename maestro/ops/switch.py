@@ -67,7 +67,8 @@ def _cut(u, v, rank, edge: int):
   )
 
 
-def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+def _pad(x: jax.Array, axis: int, size: Any) -> jax.Array:
+  """Fills an axis up with zeros, to a size that may be unknown."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, size - x.shape[axis])
   return jnp.pad(x, widths)
@@ -82,8 +83,11 @@ def _multiplied(x, u, v, edge: int) -> bool:
   return xla.multiply_out(x.shape[0], u.shape[0], edge, v.shape[1])
 
 
-def _kept(x, u, v) -> int:
-  """How many numbers a branch keeps to go back: those of u v, or of h."""
+def _kept(x, u, v) -> Any:
+  """How many numbers a branch keeps to go back: those of u v, or of h.
+
+  Of a batch of unknown size, a number that is unknown, too.
+  """
   every = edges(u.shape[1])
   last = max((e for e in every if not _multiplied(x, u, v, e)), default=0)
   product = u.shape[0] * v.shape[1] if last < every[-1] else 0
@@ -192,45 +196,22 @@ def dot(x, u, v, rank, *, bias, precision):
   """See `maestro.ops.lowrank_dot`; rank is None or an int32 scalar."""
   if rank is None or not u.shape[1]:  # nothing to choose
     return xla.dot(x, u, v, rank, bias=bias, precision=precision)
-  rows = x.reshape((-1, x.shape[-1]))
-  y: Any = _dot(rows, u, v, rank, precision)
+  # Branches must agree on types, whichever of their products comes first.
+  dtype = jnp.result_type(x, u, v)
+  rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1])).astype(dtype)
+  y: Any = _dot(rows, u.astype(dtype), v.astype(dtype), rank, precision)
   return xla.add_bias(y.reshape((*x.shape[:-1], v.shape[1])), bias)
 
 
-def conv(
-  x,
-  u,
-  v,
-  rank,
-  *,
-  strides,
-  padding,
-  input_dilation,
-  kernel_dilation,
-  groups,
-  bias,
-  precision,
-):
+def conv(x, u, v, rank, *, groups, bias, precision, **windows):
   """See `maestro.ops.lowrank_conv`: the windows side by side, and a product.
 
   A convolution's backward pass within a branch is a hundred times slower on
   CPUs than outside of one. Groups have ranks of their own: masks.
   """
   if rank is None or groups > 1 or not u.shape[-1]:
-    return xla.conv(
-      x,
-      u,
-      v,
-      rank,
-      strides=strides,
-      padding=padding,
-      input_dilation=input_dilation,
-      kernel_dilation=kernel_dilation,
-      groups=groups,
-      bias=bias,
-      precision=precision,
-    )
-  window = u.shape[:-2]
-  columns = unroll(x, window, strides, padding, input_dilation, kernel_dilation)
+    options = {"groups": groups, "bias": bias, "precision": precision}
+    return xla.conv(x, u, v, rank, **options, **windows)
+  columns = unroll(x, u.shape[:-2], **windows)
   u = u.reshape((math.prod(u.shape[:-1]), u.shape[-1]))
   return dot(columns, u, v, rank, bias=bias, precision=precision)

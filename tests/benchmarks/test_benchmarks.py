@@ -551,6 +551,46 @@ def test_a_part_is_stopped_at_its_time():
   assert device.run(["-c", code], 60.0, {"CODE": "3"}) == 3
 
 
+def test_a_part_ends_with_the_command_that_is_stopped(tmp_path, monkeypatch):
+  started = []
+  popen = subprocess.Popen
+
+  def wait(*_, **__):
+    del started[0].wait  # from now on it is the process's own
+    raise Interrupted("stopped by SIGTERM")
+
+  def start(*args, **options):
+    started.append(popen(*args, **options))
+    started[0].wait = wait
+    return started[0]
+
+  monkeypatch.setattr(device.subprocess, "Popen", start)
+  with pytest.raises(Interrupted):
+    device.run(["-c", "import time; time.sleep(60)"], 60.0, {})
+  assert started[0].poll() is not None
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("device", "meeting", "products", "sharded_save", "train_step"),
+    "experiments.cifar10",
+  ],
+)
+def test_what_cannot_be_written_is_told_before_anything_is_measured(
+  name, tmp_path
+):
+  file = tmp_path / "file"
+  file.touch()
+  module = name if "." in name else f"benchmarks.{name}"
+  command = [sys.executable, "-m", module, f"--out={file}/more"]
+  done = subprocess.run(
+    command, capture_output=True, text=True, timeout=120, cwd=train_step.ROOT
+  )
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert "error: --out: cannot" in done.stderr
+
+
 def test_the_parts_are_commands_that_exist(tmp_path):
   for smoke in (False, True):
     for name, command in device.commands(tmp_path, smoke, 1.0).items():

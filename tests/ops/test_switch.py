@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import maestro
 from maestro import nn as layers
 from maestro import ops, trees
 from maestro.ops import switch
@@ -44,10 +45,8 @@ def reference(x, u, v, g, bias, rank):
   """y, dx, du, dv, db in float64."""
   x, u, v, g, bias = (np.asarray(a, np.float64) for a in (x, u, v, g, bias))
   u, v = u[:, :rank], v[:rank]
-  full = len(u.T), len(v)
   du = x.T @ (g @ v.T)
   dv = (x @ u).T @ g
-  assert full == (rank, rank)
   return x @ u @ v + bias, (g @ v.T) @ u.T, du, dv, g.sum(0)
 
 
@@ -170,6 +169,63 @@ def test_leading_axes_and_static_ranks_are_as_for_masks():
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
   empty = dot(x, u[:, :0], v[:0], jnp.int32(0), bias=bias)
   np.testing.assert_array_equal(empty, jnp.broadcast_to(bias, (2, 3, 24)))
+
+
+@pytest.mark.parametrize("shape", [(6, 32, 16, 24), (64, 16, 16, 16)])
+@pytest.mark.parametrize(
+  "dtypes",
+  [
+    ("bfloat16", "float32", "float32"),
+    ("float32", "bfloat16", "bfloat16"),
+    ("float32", "float32", "bfloat16"),
+  ],
+)
+@pytest.mark.mixed_types
+def test_types_are_mixed_as_by_masks(shape, dtypes):
+  args = [a.astype(d) for a, d in zip(arrays(shape)[:3], dtypes, strict=True)]
+  rank = jnp.int32(5)
+  a, b = (f(*args, rank) for f in (dot, masked))
+  assert a.dtype == b.dtype
+  np.testing.assert_allclose(
+    a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.05, atol=0.1
+  )
+  for i in (1, 2):
+    grads = [
+      jax.grad(lambda *x, f=f: jnp.sum(f(*x, rank)), i)(*args)
+      for f in (dot, masked)
+    ]
+    assert grads[0].dtype == grads[1].dtype == args[i].dtype
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 5), (2, 0, 3, 5), (2, 4, 3, 0)])
+def test_nothing_to_multiply_gives_what_masks_give(shape):
+  x, u, v, g, bias = arrays(shape)
+  for a, b in zip(
+    both_ways(x, u, v, g, bias, jnp.int32(2)),
+    both_ways(x, u, v, g, bias, jnp.int32(2), dot=masked),
+    strict=True,
+  ):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    np.testing.assert_allclose(a, b)
+
+
+def test_a_batch_of_unknown_size_can_be_exported():
+  x, u, v, _, bias = arrays((64, 16, 16, 16))
+  (rows,) = jax.export.symbolic_shape("b")
+  exported = jax.export.export(jax.jit(dot))(
+    jax.ShapeDtypeStruct((rows, 16), jnp.float32),
+    u,
+    v,
+    jax.ShapeDtypeStruct((), jnp.int32),
+    bias=bias,
+  )
+  for rank in (0, 5, 16):
+    np.testing.assert_allclose(
+      exported.call(x, u, v, jnp.int32(rank), bias=bias),
+      masked(x, u, v, rank, bias=bias),
+      rtol=2e-5,
+      atol=2e-5,
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -357,8 +413,6 @@ def test_layers_of_a_model_take_their_ranks_by_a_switch():
       return layers.Dense(5, name="out", **kind)(x)
 
   x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
-  import maestro
-
   nets = {name: Net(name) for name in ("xla", "switch")}
   variables = nets["xla"].init(jax.random.key(1), x)
   found = maestro.layers(nets["xla"], x)

@@ -122,6 +122,8 @@ ENDINGS = {
   "UserError('config.seed: no')": 2,
   "LostError('process 1 is lost')": 69,
   "OSError(errno.ENOSPC, 'No space left', 'file')": 2,
+  "OSError(errno.EIO, 'unforeseen', 'file')": 1,
+  "RuntimeError('unforeseen')": 1,
 }
 
 
@@ -143,4 +145,5 @@ cli.run(main)
     [sys.executable, "-c", text], capture_output=True, text=True, timeout=60
   )
   assert done.returncode == ENDINGS[error], done.stderr
-  assert "Traceback" not in done.stderr and done.stdout + done.stderr
+  assert ("Traceback" in done.stderr) == ("unforeseen" in error)
+  assert done.stdout + done.stderr
