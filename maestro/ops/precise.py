@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 # XLA's search among kernels of its own compiles dozens of candidates for each
-# product, which in float32 take seconds each: on an H200 the 72 products of
-# ResNet-18's moments were not compiled after five minutes of sixteen cores.
-# A GPU's library of products has nothing to compile.
+# product: on an H200 the 72 float32 products of ResNet-18's moments were not
+# compiled after five minutes of sixteen cores. A GPU's library of products has
+# nothing to compile.
 _OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 

@@ -38,9 +38,9 @@ BUCKETS = 8
 def pays(rows: Any, n_in: int, n_out: int) -> bool:
   """Whether a switch is at most a tenth slower than a mask at any rank.
 
-  By measurement of forward and backward passes on CPUs (docs/performance.md):
-  below a size branches cost what they save, and with many rows their copies of
-  rows do. A batch of unknown size (`jax.export`) is taken as too small.
+  On the careful side of what forward and backward passes took on CPUs
+  (docs/performance.md): of small layers, and with many rows, branches copy about
+  as much as they save. A batch of unknown size (`jax.export`) is too small.
   """
   few = isinstance(rows, int) and rows <= 2 * max(n_in, n_out)
   return few and n_in * n_out >= 1 << 15
