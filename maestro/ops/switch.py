@@ -39,7 +39,7 @@ def pays(rows: Any, n_in: int, n_out: int) -> bool:
   """Whether a switch is at most a tenth slower than a mask at any rank.
 
   On the careful side of what forward and backward passes took on CPUs
-  (docs/performance.md): of small layers, and with many rows, branches copy about
+  (docs/performance.md): of small layers, and of many rows, branches copy about
   as much as they save. A batch of unknown size (`jax.export`) is too small.
   """
   few = isinstance(rows, int) and rows <= 2 * max(n_in, n_out)
