@@ -12,7 +12,7 @@ import jax
 # Numbers are for ever: a run that resumes must draw as it began.
 STREAMS = {
   **{"initial": 0, "steps": 1, "factors": 2, "choice": 3, "statistics": 4},
-  **{"calibration": 5, "levels": 6},
+  **{"calibration": 5, "levels": 6, "batches": 7},
 }
 _NAMED = 0x6D616573  # where named streams begin; below are orders of epochs
 
@@ -25,7 +25,7 @@ def stream(seed: int | jax.Array, name: str, *indices: int) -> jax.Array:
     name: of STREAMS: "initial" weights; "steps", from which each step derives
       its own; random "factors"; a "choice" of examples; what recalibration of
       batch "statistics" augments with; what "calibration" draws;
-      the "levels" of a nested network's steps.
+      the "levels" of a nested network's steps; the order of "batches" of text.
     *indices: further numbers, such as a batch's.
   """
   key = jax.random.fold_in(_root(seed), _NAMED)
