@@ -6,18 +6,24 @@ device. Nothing here downloads.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maestro import streams
-from maestro.data import digits, image, synthetic
-from maestro.data.dataset import DataError, Dataset, Split
+from maestro.data import digits, image, synthetic, text_translation
+from maestro.data.dataset import (
+  DataError,
+  Dataset,
+  Split,
+  Vocabulary,
+  epoch_order,
+)
 from maestro.schema import bind, choose
 
 __all__ = [
@@ -25,6 +31,7 @@ __all__ = [
   "DataError",
   "Dataset",
   "Split",
+  "Vocabulary",
   "choice",
   "epoch_order",
   "make",
@@ -36,6 +43,11 @@ DATASETS = {
   "fashion_mnist": image.fashion_mnist,
   "linear": synthetic.linear,
   "mnist": image.mnist,
+  "multi30k": text_translation.multi30k,
+}
+_OUTLINES = {
+  **{name: functools.partial(image.outline, name) for name in image.KNOWN},
+  "multi30k": text_translation.outline,
 }
 
 
@@ -62,17 +74,18 @@ def outline(name: str, **options) -> Dataset:
   """Returns the sizes, types and preprocessing of a data set, without files.
 
   The numbers of sets that are read from files are all zero, and take no memory;
-  other sets are made as by `make`, whose options these are.
+  other sets are made as by `make`, whose options these are. Sizes that only a
+  text tells are those of the published files; see each set.
 
   Raises:
     ConfigError: If the name or an option is unknown or out of range.
     DataError: If options do not go together.
   """
   load, given = _bound({"name": name, "data_dir": None, **options})
-  if name not in image.KNOWN:
+  if name not in _OUTLINES:
     return load(**given)
   given.pop("data_dir", None)
-  return image.outline(name, **given)
+  return _OUTLINES[name](**given)
 
 
 def _bound(section: dict[str, Any]) -> tuple[Callable[..., Dataset], dict]:
@@ -82,18 +95,6 @@ def _bound(section: dict[str, Any]) -> tuple[Callable[..., Dataset], dict]:
     del options["data_dir"]
   given = {k: v for k, v in options.items() if v is not None}
   return load, bind(load, given, "config.data")
-
-
-def epoch_order(
-  seed: int | jax.Array, epoch: int | jax.Array, size: int
-) -> jax.Array:
-  """Return the order of an epoch's examples: a permutation [size], int32.
-
-  A pure function of (seed, epoch), so that every host and every resumed run
-  sees the same order. Only `size` has to be static under `jit`.
-  """
-  key = streams.order(seed, epoch)
-  return jax.random.permutation(key, jnp.arange(size, dtype=jnp.int32))
 
 
 def choice(seed: int, size: int) -> np.ndarray:
