@@ -99,6 +99,7 @@ ROOMS = (
     "products",
     "introspect",
     "taps",
+    "decoding",
     "models",
     "data",
     "cost",

@@ -78,7 +78,7 @@ def tokenize(text: str, *, lowercase: bool = True) -> list[str]:
   for match in _WORD.finditer(text):
     is_word = match["word"] is not None
     pieces = [(match[0], is_word)]
-    if is_word and (clitic := _CLITIC.fullmatch(match[0])):
+    if "'" in match[0] and is_word and (clitic := _CLITIC.fullmatch(match[0])):
       pieces = [(clitic[1], True), (clitic[2], False)]
     for piece, is_word in pieces:
       if tokens and match.start() == end:
