@@ -40,6 +40,7 @@ def base() -> ConfigDict:
   c.method = "maestro"  # see maestro/methods/table.py, e.g. "dense"
   c.budget = config_dict.placeholder(str)  # such as "macs:0.25"
   c.loss = "cross_entropy"
+  c.label_smoothing = config_dict.placeholder(float)
   c.batch_size = 128
   c.optimizer = ConfigDict(
     {
@@ -126,6 +127,24 @@ def go(
     return
   c.settle.epochs += c.discover.epochs - warm_up
   c.discover.epochs = warm_up
+
+
+def one_line(c: ConfigDict, peak: float, warmup: str | None = None) -> None:
+  """Sets rates that fall along one line from a peak to 0, over both phases.
+
+  Wherever the first one ends: that is a part of the run, not of its recipe.
+
+  Args:
+    c: a config whose phases have their epochs.
+    peak: the highest learning rate.
+    warmup: how long it rises to it at first, such as "steps:200".
+  """
+  left = c.settle.epochs / (c.discover.epochs + c.settle.epochs)
+  line = {"name": "linear", "learning_rate": peak}
+  c.discover.schedule = ConfigDict(line | {"final_fraction": left})
+  if warmup is not None:
+    c.discover.schedule.warmup = warmup
+  c.settle.schedule = ConfigDict(line | {"learning_rate": peak * left})
 
 
 RECIPES = ("paper", "gpu", "short")  # at most one; see `cifar10`

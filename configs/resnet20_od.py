@@ -27,14 +27,6 @@ common = types.SimpleNamespace(
 PEAK = 0.1  # learning rate
 
 
-def one_line(c: ConfigDict) -> None:
-  """Sets schedules that are one line from PEAK to 0, over both phases."""
-  left = c.settle.epochs / (c.discover.epochs + c.settle.epochs)
-  line = {"name": "linear", "learning_rate": PEAK}
-  c.discover.schedule = ConfigDict(line | {"final_fraction": left})
-  c.settle.schedule = ConfigDict(line | {"learning_rate": PEAK * left})
-
-
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config; `arg` is a comma-separated list of variants."""
   variants = common.variants_of(arg, ["race", "short", "smoke"])
@@ -62,5 +54,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.train_examples, c.data.val_examples = 512, 128
     c.batch_norm_examples = 128
     c.discover.epochs = c.settle.epochs = 1
-  one_line(c)
+  common.one_line(c, PEAK)
   return c.lock()

@@ -22,7 +22,7 @@ from maestro.parallel.rules import Placement
 from maestro.runs import compiler
 from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
-from maestro.training import levels, optim, start
+from maestro.training import levels, losses, optim, start
 from maestro.training.accumulate import unrolls
 from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import (
@@ -124,8 +124,10 @@ def make_evaluator(
   c: Forward, model: Any, dataset: data_lib.Dataset, mesh: Mesh
 ) -> Evaluate:
   """Makes the evaluation of a config's networks; exact."""
-  # Large batches are fast; they must also split over the devices.
-  batch_size = -(-max(c.micro_batch, 500) // mesh.size) * mesh.size
+  # Large batches are fast, but for logits of every token; they must also split
+  # over the devices.
+  least = 0 if losses.of_tokens(dataset.train.targets) else 500
+  batch_size = -(-max(c.micro_batch, least) // mesh.size) * mesh.size
   return make_evaluate(
     model,
     loss=c.loss,
@@ -304,6 +306,8 @@ def make_training(
       accumulate=c.accumulate,
       remat=c.remat,
       ema=c.ema,
+      label_smoothing=c.label_smoothing,
+      lengths=dataset.lengths,
     )
     # A context is a decorator, too: within it the step is traced.
     prefer = ops.prefer(_implementation(method.samplers[phase], mesh))
@@ -333,7 +337,7 @@ def make_training(
     new_state=functools.partial(
       new_state, c.seed, c.loss, averages=c.ema is not None
     ),
-    order=lambda epoch: data_lib.epoch_order(c.seed, epoch, len(dataset.train)),
+    order=lambda epoch: dataset.order(c.seed, epoch, c.batch_size),
     optimizer=optimizer,
     program=program,
     level=levels.draws(
@@ -420,6 +424,7 @@ def batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
   """Preprocesses a fixed choice of training examples."""
   split = dataset.train
   order = data_lib.choice(0, len(split))[:examples]
-  for first in range(0, len(order), 256):
-    x = split.inputs[np.sort(order[first : first + 256])]
+  size = 64 if losses.of_tokens(split.targets) else 256
+  for first in range(0, len(order), size):
+    x = split.inputs[np.sort(order[first : first + size])]
     yield dataset.preprocess(jnp.asarray(x))

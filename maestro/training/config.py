@@ -25,7 +25,7 @@ PHASES = ("discover", "settle")
 
 # Keys that may be None, as absent: to a workdir, as of a run before there were
 # such keys, both are the same config.
-UNSET = ("accumulate", "deterministic", "remat")
+UNSET = ("accumulate", "deterministic", "label_smoothing", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +128,8 @@ class Config:
       is evaluated and left behind; None keeps none.
     seed: of all random numbers, see `maestro.training.streams`.
     loss: "cross_entropy" or "squared_error".
+    label_smoothing: part of a label that is spread over all classes, in
+      training alone: what is evaluated has none.
     lasso: "hierarchical" (the paper) or "flat".
     lasso_cost: "macs" or "params": its groups count what their components cost;
       None, the paper, is the same for all layers.
@@ -165,6 +167,7 @@ class Config:
   rules: tuple[Rule, ...] = (Rule(),)
   seed: Annotated[int, Range("[0, 4294967296)")] = 0
   loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+  label_smoothing: Annotated[float, Range("[0, 1)")] = 0.0
   lasso: Literal["hierarchical", "flat"] = "hierarchical"
   lasso_cost: Literal["macs", "params"] | None = None
   threshold: Weight = 1e-5
@@ -226,6 +229,11 @@ def parse(config: Mapping[str, Any]) -> Config:
     raise ConfigError(
       "config.full_pass.distill: soft targets need config.loss="
       '"cross_entropy"; set it to 0'
+    )
+  if c.label_smoothing and c.loss != "cross_entropy":
+    raise ConfigError(
+      f"config.label_smoothing: {c.label_smoothing:g}, but"
+      f" config.loss={c.loss!r} has no labels; set it to 0"
     )
   if method.controller is not None and not c.discover.shrink:
     raise ConfigError(

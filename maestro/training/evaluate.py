@@ -1,6 +1,7 @@
 """Exact evaluation of a network on a whole split."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,11 @@ from maestro.training import losses
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluate:
-  """Evaluates variables on a split: {metric: mean over examples}.
+  """Evaluates variables on a split: {metric: mean over examples or tokens}.
 
-  Every example counts once: the last batch is padded, and the padding weighs
-  nothing. One program per shape of the variables, whatever the split.
+  Every example, and every token of a text, counts once: the last batch is
+  padded, and the padding weighs nothing. Texts have a perplexity, too:
+  exp(loss). One program per shape of the variables, whatever the split.
 
   Attributes:
     names: of the metrics.
@@ -41,7 +43,12 @@ class Evaluate:
       sums = self.add_batch(
         sums, variables, _pad(x, missing), _pad(y, missing), len(x)
       )
-    return {name: float(x) / len(split) for name, x in sums.items()}
+    tokens = losses.of_tokens(split.targets)
+    n = np.sum(split.targets >= 0) if tokens else len(split)
+    means = {name: float(x) / float(n) for name, x in sums.items()}
+    if tokens and "accuracy" in means:
+      means["perplexity"] = math.exp(min(means["loss"], 700.0))
+    return means
 
   def lower(self, variables: Any, split: Split) -> Any:
     """Lowers its program; nothing of what is given needs to be there."""

@@ -12,6 +12,7 @@ from maestro.introspect import mode
 from maestro.training import losses
 
 _CHUNK = 512  # examples of one forward pass
+_TEXTS = 64  # the same, of rows of tokens
 
 
 def make_judge(
@@ -24,6 +25,8 @@ def make_judge(
   seed: int,
 ) -> Callable[..., float]:
   """Returns judge(variables, n=None) -> mean loss on the first n examples.
+
+  Of texts, it is the mean over their tokens.
 
   Batch norm uses the statistics of the examples at hand (at most 512 at a
   time), which are those of the network that is judged; no augmentation, and
@@ -40,6 +43,7 @@ def make_judge(
   chosen = data_lib.choice(seed, len(split))[:examples]
   inputs, targets = split.inputs[chosen], split.targets[chosen]
   function = losses.LOSSES[loss]
+  tokens = losses.of_tokens(targets)
 
   @jax.jit
   def total(variables, x, y):
@@ -59,9 +63,12 @@ def make_judge(
   def judge(variables: Any, n: int | None = None) -> float:
     n = len(inputs) if n is None else min(n, len(inputs))
     # Of equal size, or the statistics of a last, small one would be poor.
-    chunks = np.array_split(np.arange(n), -(-n // _CHUNK))
+    size = _TEXTS if tokens else _CHUNK
+    chunks = np.array_split(np.arange(n), -(-n // size))
+    count = int(np.sum(targets[:n] >= 0)) if tokens else n
     return (
-      float(sum(total(variables, inputs[i], targets[i]) for i in chunks)) / n
+      float(sum(total(variables, inputs[i], targets[i]) for i in chunks))
+      / count
     )
 
   return judge

@@ -91,6 +91,46 @@ def linear(
   )
 
 
+def inverse_sqrt(
+  clock: Clock,
+  steps: int,
+  *,
+  learning_rate: Positive,
+  warmup: str,
+  begun: str | None = None,
+) -> optax.Schedule:
+  """Rises linearly, then falls as one over the root of the step.
+
+    rate(i) = peak * min((i + 1) / n, sqrt(n / (i + 1)))
+
+  with n steps of warm-up: the schedule of Vaswani et al. (2017), section 5.3,
+  called Noam, whose peak is (width * n)^-1/2. There is no end that it knows of;
+  `warmup` and `begun` are lengths in any unit, such as "steps:4000".
+
+  Args:
+    clock: of the run.
+    steps: of the phase.
+    learning_rate: the peak.
+    warmup: n; of a phase that ends before it, only the rise is seen.
+    begun: how far an earlier phase has come, which this one goes on from.
+  """
+  del steps
+  n = clock.steps(Duration.parse(warmup, "schedule.warmup"))
+  done = 0
+  if begun is not None:
+    done = clock.steps(Duration.parse(begun, "schedule.begun"))
+  if not n:
+    raise ConfigError(
+      f"schedule.warmup: {warmup!r} is no step; the rate falls from its end"
+    )
+
+  def rate(step):
+    i = step + done + 1.0
+    return learning_rate * jnp.minimum(i / n, jnp.sqrt(n / i))
+
+  return rate
+
+
 def _warmup_steps(
   clock: Clock, steps: int, epochs: float, length: str | None
 ) -> int:
@@ -115,6 +155,7 @@ def _after_warmup(decay: optax.Schedule, peak: float, n: int) -> optax.Schedule:
 SCHEDULES = {
   "constant": constant,
   "cosine": cosine,
+  "inverse_sqrt": inverse_sqrt,
   "linear": linear,
   "piecewise": piecewise,
 }

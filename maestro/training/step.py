@@ -1,6 +1,7 @@
 """The training state and one step of training, as pure functions."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +48,8 @@ def make_step(
   accumulate: int = 1,
   remat: str = "none",
   ema: float | None = None,
+  label_smoothing: float = 0.0,
+  lengths: Sequence[int] | None = None,
 ) -> Callable[[TrainState, Data], tuple[TrainState, jax.Array]]:
   """Returns step(state, data) -> (state, loss of this step).
 
@@ -72,10 +75,17 @@ def make_step(
   of batch norm, which are those of the micro-batches in order, are not the
   plain step's.
 
+  Texts are cut, on their last axis, to the least of `lengths` that leaves out
+  nothing but padding (tokens 0): one program holds a branch for each. Means are
+  over their tokens, of micro-batches too.
+
   `remat`, a key of POLICIES, says what is kept for the backward pass. Moving
   averages, if the state has any, follow with the decay `ema`.
   """
-  task = _make_task(model, loss, full_pass, placement, level, remat)
+  example_loss: Callable = losses.LOSSES[loss]
+  if label_smoothing:
+    example_loss = functools.partial(example_loss, smoothing=label_smoothing)
+  task = _make_task(model, example_loss, full_pass, placement, level, remat)
 
   def step(state: TrainState, data: Data) -> tuple[TrainState, jax.Array]:
     key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
@@ -99,25 +109,33 @@ def make_step(
       part = params if level is None else lowrank.truncate(params, live)
       return lam * penalty(part, live)
 
-    def objective(params):
-      value, (out, carried) = task(params, ranks, before, x, y, key_dropout)
-      added = penalty_of(params)
-      sums = _sums(loss, value, out, y)
-      return value + added, (carried, sums, added)
+    # Of the whole batch, so that micro-batches add up to it.
+    weight = losses.weight(y)
+
+    def whole(x, y):
+      def objective(params):
+        value, (out, carried) = task(
+          params, ranks, before, x, y, key_dropout, weight
+        )
+        added = penalty_of(params)
+        sums = _sums(loss, value, out, y, weight)
+        return value + added, (carried, sums, added)
+
+      grad = jax.value_and_grad(objective, has_aux=True)
+      (total, (carried, sums, added)), grads = grad(state.params)
+      return total, carried, sums, added, grads
 
     def of_part(params, carried, part, i):
       part = split_batch(part, placement.mesh)
       key = jax.random.fold_in(key_dropout, i)
       grad = jax.value_and_grad(task, has_aux=True)
-      (value, (out, carried)), grads = grad(params, ranks, carried, *part, key)
-      sums = _sums(loss, value, out, part[1])
+      (value, (out, carried)), grads = grad(
+        params, ranks, carried, *part, key, weight
+      )
+      sums = _sums(loss, value, out, part[1], weight)
       return (sums, carried), placement.constrain(grads, params)
 
-    before = (own, state.batch_stats)
-    if accumulate == 1:
-      grad = jax.value_and_grad(objective, has_aux=True)
-      (total, (carried, sums, added)), grads = grad(state.params)
-    else:
+    def in_parts(x, y):
       sums, grads, carried = mean_gradient(
         of_part,
         state.params,
@@ -128,7 +146,12 @@ def make_step(
       )
       added, more = jax.value_and_grad(penalty_of)(state.params)
       grads = jax.tree.map(jnp.add, grads, more)
-      total = sums["loss"] + added
+      return sums["loss"] + added, carried, sums, added, grads
+
+    before = (own, state.batch_stats)
+    total, carried, sums, added, grads = _at_length(
+      whole if accumulate == 1 else in_parts, x, y, lengths
+    )
     grads = placement.constrain(grads, state.params)
     weight = {"lam": state.controls["lam"]} if state.controls else {}
     updates, opt_state = optax.with_extra_args_support(tx).update(
@@ -152,20 +175,34 @@ def make_step(
   return step
 
 
+def _at_length(
+  f: Callable, x: jax.Array, y: jax.Array, lengths: Sequence[int] | None
+) -> Any:
+  """f(x, y) of what is left of tokens [b, ..., t] and labels [b, t]."""
+  if lengths is None or len(lengths) == 1:
+    return f(x, y)
+  used = jnp.any(x != 0, axis=tuple(range(x.ndim - 1)))
+  longest = jnp.max(jnp.where(used, jnp.arange(1, len(used) + 1), 0))
+  at = jnp.searchsorted(jnp.asarray(lengths), longest)
+  branches = [lambda x, y, n=n: f(x[..., :n], y[..., :n]) for n in lengths]
+  return jax.lax.switch(at, branches, x, y)
+
+
 def _make_task(
   model: Any,
-  loss: str,
+  example_loss: Callable,
   full_pass: FullPass | None,
   placement: Placement,
   level: Level | None,
   remat: str,
 ) -> Callable[..., tuple[jax.Array, Any]]:
-  """Returns task(params, ranks, carried, x, y, key) -> (loss, (y', carried)).
+  """Returns task(params, ranks, carried, x, y, key, weight).
+
+    -> (weight * mean of example_loss(y', y), (y', carried))
 
   `ranks` are those sampled and those that are live; `carried` the statistics of
   the network that runs at the first ones, and of the whole one.
   """
-  example_loss = losses.LOSSES[loss]
 
   def apply(params, ranks, stats, x, key):
     variables = {"params": params}
@@ -186,13 +223,13 @@ def _make_task(
   if remat != "none":
     apply = jax.checkpoint(apply, policy=POLICIES[remat])
 
-  def task(params, ranks, carried, x, y, key):
+  def task(params, ranks, carried, x, y, key, weight):
     (sampled, live), (own, whole) = ranks, carried
     full = used = placement.gathered(params)
     if level is not None:
       used = lowrank.truncate(full, level.ranks)
     out, stats = apply(used, sampled, own, x, key)
-    value = jnp.mean(example_loss(out, y))
+    value = jnp.mean(example_loss(out, y)) * weight
     if full_pass is None:
       whole = stats
     else:
@@ -203,19 +240,22 @@ def _make_task(
       soft = 0.0
       if full_pass.distill:
         soft = jnp.mean(
-          losses.distillation(out, teacher, full_pass.temperature)
+          losses.distillation(out, teacher, full_pass.temperature, y)
         )
+        soft *= weight
       value = (1 - full_pass.distill) * value + full_pass.distill * soft
-      value += jnp.mean(example_loss(teacher, y))
+      value += jnp.mean(example_loss(teacher, y)) * weight
     return value, (out, (stats, whole))
 
   return task
 
 
-def _sums(loss: str, value: jax.Array, out: Any, y: Any) -> dict[str, Any]:
+def _sums(
+  loss: str, value: jax.Array, out: Any, y: Any, weight: Any
+) -> dict[str, Any]:
   """What a batch adds to the training metrics, but for the penalty."""
   metrics = losses.METRICS[loss]
-  sums = {name: jnp.mean(f(out, y)) for name, f in metrics.items()}
+  sums = {name: jnp.mean(f(out, y)) * weight for name, f in metrics.items()}
   return sums | {"loss": value}
 
 
