@@ -235,6 +235,21 @@ def test_the_search_is_the_plain_one(width, alpha):
     np.testing.assert_allclose(scores[i], score, rtol=1e-5)
 
 
+def test_the_search_goes_on_while_length_can_still_pay():
+  # To end at once has probability 0.55, and 1 1 1 1 1 </s> 0.45: after one
+  # token a worse score, -0.80 against -0.60, in the end -0.13.
+  def step(language, cache, tokens, position):
+    first = jnp.log(jnp.array([0, 0.45, 0, 0.55]))
+    then = jnp.log(jax.nn.one_hot(jnp.where(position < 5, 1, END), V))
+    logits = jnp.where(position == 0, first, then)
+    return jnp.broadcast_to(logits, (len(tokens), V)), cache
+
+  language = Language(0, batch=1)
+  tokens, scores = search(language, step=step, max_length=6, width=2, alpha=3.0)
+  np.testing.assert_array_equal(tokens, [[1, 1, 1, 1, 1, END]])
+  np.testing.assert_allclose(scores, np.log(0.45) * (6 / 11) ** 3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["greedy", "beam"])
 def test_positions_begin_where_they_are_told_to(name):
   calls = []

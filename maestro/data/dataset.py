@@ -40,11 +40,14 @@ class Split:
       position carries no loss.
     words: Of a language model's text: its words and ends of lines, by which
       nats a word are counted, whatever its tokens are. None: not counted.
+    references: Of sentences: the targets as they were written, to compare
+      translations with; no word of them is <unk>. None: there are none.
   """
 
   inputs: np.ndarray
   targets: np.ndarray
   words: int | None = None
+  references: tuple[str, ...] | None = None
 
   def __len__(self) -> int:
     return len(self.inputs)
@@ -158,6 +161,10 @@ class Dataset:
     if len(split.inputs) != len(split.targets):
       raise DataError(
         f"{where}: {len(split.inputs)} inputs but {len(split.targets)} targets"
+      )
+    if split.references is not None and len(split.references) != len(split):
+      raise DataError(
+        f"{where}: {len(split)} examples but {len(split.references)} references"
       )
     for part in ("inputs", "targets"):
       x = np.asarray(getattr(split, part))

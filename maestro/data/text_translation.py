@@ -6,7 +6,7 @@ import html
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -37,6 +37,21 @@ _SOURCE = (
 )
 
 Language = Literal["de", "en"]
+
+
+class _Pair(NamedTuple):
+  """A pair of sentences, tokenized, and the target as it was written."""
+
+  source: list[str]
+  target: list[str]
+  reference: str
+
+  def fault(self, max_length: int) -> int | None:
+    """Returns which sentence is empty or too long, if one is."""
+    for i, words in enumerate((self.source, self.target)):
+      if not 0 < len(words) < max_length:
+        return i
+    return None
 
 
 def multi30k(
@@ -93,12 +108,12 @@ def multi30k(
     for split, stem in _SPLITS.items()
   }
   vocabulary = text.count_words(
-    (words for pair in pairs["train"] for words in pair),
+    (words for p in pairs["train"] for words in (p.source, p.target)),
     minimum_frequency=minimum_frequency,
     size=vocabulary_size,
     lowercase=lowercase,
   )
-  train = [p for p in pairs["train"] if _fault(p, max_length) is None]
+  train = [p for p in pairs["train"] if p.fault(max_length) is None]
   left_out = len(pairs["train"]) - len(train)
   if left_out:
     logging.warning(
@@ -113,7 +128,7 @@ def multi30k(
     )
   for split in ("val", "test"):
     for i, pair in enumerate(pairs[split]):
-      if (fault := _fault(pair, max_length)) is not None:
+      if (fault := pair.fault(max_length)) is not None:
         raise DataError(
           f"{folder / _SPLITS[split]}.{(source, target)[fault]}.gz, line"
           f" {i + 1}: {len(pair[fault])} tokens; a sentence to evaluate on must"
@@ -208,39 +223,32 @@ def _check(source, target, max_length, lengths) -> tuple[int, ...]:
 
 def _read(
   folder: pathlib.Path, stem: str, languages: tuple[str, str], lowercase: bool
-) -> list[tuple[list[str], list[str]]]:
-  """Returns the pairs of a split, tokenized."""
-  sides = []
-  for language in languages:
-    lines = text_files.lines(folder / f"{stem}.{language}.gz")
-    sides.append(
-      [text.tokenize(html.unescape(x), lowercase=lowercase) for x in lines]
-    )
-  if len(sides[0]) != len(sides[1]):
+) -> list[_Pair]:
+  """Returns the pairs of a split."""
+  lines = [text_files.lines(folder / f"{stem}.{x}.gz") for x in languages]
+  if len(lines[0]) != len(lines[1]):
     raise DataError(
-      f"{folder / stem}.*.gz: {len(sides[0])} lines in {languages[0]!r} but"
-      f" {len(sides[1])} in {languages[1]!r}; line i of one must be the"
+      f"{folder / stem}.*.gz: {len(lines[0])} lines in {languages[0]!r} but"
+      f" {len(lines[1])} in {languages[1]!r}; line i of one must be the"
       " translation of line i of the other, so get both again"
     )
-  return list(zip(*sides, strict=True))
+
+  def words(line):
+    return text.tokenize(html.unescape(line), lowercase=lowercase)
+
+  return [_Pair(words(x), words(y), y) for x, y in zip(*lines, strict=True)]
 
 
-def _fault(pair, max_length) -> int | None:
-  """Returns which sentence of a pair is empty or too long, if one is."""
-  for i, words in enumerate(pair):
-    if not 0 < len(words) < max_length:
-      return i
-  return None
-
-
-def _split(pairs, vocabulary: text.Words, length: int) -> Split:
+def _split(
+  pairs: Sequence[_Pair], vocabulary: text.Words, length: int
+) -> Split:
   """Returns the arrays of pairs of which each fits."""
   inputs = np.full((len(pairs), 2, length), PAD, np.int32)
   targets = np.full((len(pairs), length), NO_TARGET, np.int32)
-  for i, (source, target) in enumerate(pairs):
-    x = [*vocabulary.ids(source), END]
-    y = [*vocabulary.ids(target), END]
+  for i, pair in enumerate(pairs):
+    x = [*vocabulary.ids(pair.source), END]
+    y = [*vocabulary.ids(pair.target), END]
     inputs[i, 0, : len(x)] = x
     inputs[i, 1, : len(y)] = [START, *y[:-1]]
     targets[i, : len(y)] = y
-  return Split(inputs, targets)
+  return Split(inputs, targets, references=tuple(p.reference for p in pairs))

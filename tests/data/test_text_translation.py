@@ -60,6 +60,7 @@ def test_pairs_become_what_is_read_and_what_is_predicted(tmp_path):
       np.testing.assert_array_equal(x[0], padded([*source, END], 0))
       np.testing.assert_array_equal(x[1], padded([START, *target], 0))
       np.testing.assert_array_equal(y, padded([*target, END], -1))
+    assert s.references == tuple(en)
   assert d.vocabulary.decode(d.test.inputs[0, 0]) == "ein mann."
   assert d.vocabulary.decode(d.val.inputs[1, 1]) == "<unk> dog & a man."
 
@@ -111,6 +112,7 @@ def test_training_pairs_that_do_not_fit_are_left_out_and_counted(
   en = [*EN, EN[0], empty[1], EN[0], long[1], "a " * 7]
   d = small(write(tmp_path, train=(de, en)))
   assert d.left_out == 4 and len(d.train) == 5
+  assert d.train.references == (*EN, "a " * 7)
   assert len(told) == 1 and "4 of 9" in told[0] and "max_length=8" in told[0]
   assert small(write(tmp_path)).left_out == 0 and len(told) == 1
 
@@ -321,6 +323,15 @@ def test_tokens_outside_the_vocabulary_are_told(
   arrays[part][at] = value
   with pytest.raises(data.DataError, match=f"'multi30k', val.*{words}"):
     dataclasses.replace(d, val=data.Split(**arrays))
+
+
+def test_each_example_has_a_reference(tmp_path):
+  d = small(write(tmp_path))
+  few = dataclasses.replace(d.val, references=("A dog.",))
+  with pytest.raises(
+    data.DataError, match="val.*: 2 examples but 1 references"
+  ):
+    dataclasses.replace(d, val=few)
 
 
 def test_a_vocabulary_of_another_size_is_told(tmp_path):
