@@ -16,7 +16,13 @@ import jax
 import numpy as np
 
 from maestro import streams
-from maestro.data import digits, image, synthetic, text_translation
+from maestro.data import (
+  digits,
+  image,
+  synthetic,
+  text_language,
+  text_translation,
+)
 from maestro.data.dataset import (
   DataError,
   Dataset,
@@ -44,10 +50,14 @@ DATASETS = {
   "linear": synthetic.linear,
   "mnist": image.mnist,
   "multi30k": text_translation.multi30k,
+  "tinyshakespeare": text_language.tinyshakespeare,
+  "wikitext2": text_language.wikitext2,
 }
 _OUTLINES = {
   **{name: functools.partial(image.outline, name) for name in image.KNOWN},
   "multi30k": text_translation.outline,
+  "tinyshakespeare": text_language.outline_tinyshakespeare,
+  "wikitext2": text_language.outline_wikitext2,
 }
 
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import importlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from maestro.data.dataset import (
+  END,
   SPECIAL,
   UNKNOWN,
   DataError,
@@ -188,3 +192,123 @@ def count_words(
       f" config.data.minimum_frequency={minimum_frequency} times"
     )
   return Words(tokens[:size], lowercase)
+
+
+@dataclasses.dataclass(frozen=True)
+class BytePairs(Vocabulary):
+  r"""Pieces of words by byte-pair encoding (Sennrich et al., 2016), on bytes.
+
+  Words are what white space divides; each is encoded with one space before it.
+  The word <unk> is one token, and so is the end of a line, </s>. No text is
+  unknown: a byte that no merge holds is a token of its own.
+
+  Attributes:
+    tokens: <pad>, <unk>, <s>, </s>, then pieces, in which a printable character
+      stands for each byte.
+    merges: Pairs of pieces that become one, the first first.
+  """
+
+  merges: tuple[tuple[str, str], ...] = ()
+
+  def encode(self, text: str) -> list[int]:
+    r"""Returns the ids of a text's words, with </s> for each \n."""
+    lines = [line.split() for line in text.split("\n")]
+    # Each distinct word once: text repeats its words.
+    words = sorted({word for line in lines for word in line})
+    encoded = self._encoder.encode_batch(words, add_special_tokens=False)
+    ids = {w: x.ids for w, x in zip(words, encoded, strict=True)}
+    ids[SPECIAL[UNKNOWN]] = [UNKNOWN]
+    out = []
+    for i, line in enumerate(lines):
+      if i:
+        out.append(END)
+      for word in line:
+        out += ids[word]
+    return out
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids up to the first </s>: the end of the line."""
+    decoder = require("tokenizers", "a vocabulary of byte pairs")
+    pieces = [
+      f"{_SPACE}{x}" if x == SPECIAL[UNKNOWN] else x
+      for x in self.until_end(ids)
+    ]
+    return decoder.decoders.ByteLevel().decode(pieces).removeprefix(" ")
+
+  @functools.cached_property
+  def _encoder(self) -> Any:
+    tokenizers = require("tokenizers", "a vocabulary of byte pairs")
+    ids = {token: i for i, token in enumerate(self.tokens)}
+    encoder = tokenizers.Tokenizer(
+      tokenizers.models.BPE(vocab=ids, merges=list(self.merges))
+    )
+    encoder.pre_tokenizer = _bytes_of(tokenizers)
+    return encoder
+
+
+_SPACE = "\u0120"  # how byte-level encoding writes a space
+
+
+def _bytes_of(tokenizers: Any) -> Any:
+  return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def train_byte_pairs(text: str, *, size: int) -> BytePairs:
+  """Makes the byte pairs of a text; the same text gives the same ones.
+
+  Args:
+    text: to train on.
+    size: tokens of the vocabulary: 4 special ones, 256 bytes, and merges.
+
+  Raises:
+    DataError: If `size` is below 260, or more than the text has merges for, or
+      the package `tokenizers` is not installed.
+  """
+  tokenizers = require("tokenizers", "a vocabulary of byte pairs")
+  least = len(SPECIAL) + 256
+  trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+  trained.pre_tokenizer = _bytes_of(tokenizers)
+  if size >= least:
+    trained.train_from_iterator(
+      (
+        " ".join(word for word in line.split() if word not in SPECIAL)
+        for line in text.split("\n")
+      ),
+      tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+      ),
+    )
+  found = trained.get_vocab()
+  if size != len(found):
+    raise DataError(
+      f"config.data.vocabulary_size={size} must be in [{least},"
+      f" {max(least, len(found))}]: bytes and special tokens are {least}, and"
+      " the text has no more merges than that"
+    )
+  model = json.loads(trained.to_str())["model"]
+  return BytePairs(
+    tuple(sorted(found, key=found.__getitem__)),
+    tuple((a, b) for a, b in model["merges"]),
+  )
+
+
+def require(package: str, what: str) -> Any:
+  """Returns an optional package.
+
+  Args:
+    package: its name.
+    what: what needs it, for the error.
+
+  Raises:
+    DataError: If it is not installed.
+  """
+  try:
+    return importlib.import_module(package)
+  except ImportError as error:
+    raise DataError(
+      f"{what} needs the package {package!r}: pip install"
+      " 'maestro-lowrank[text]'"
+    ) from error
