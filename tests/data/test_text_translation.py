@@ -329,7 +329,7 @@ def test_each_example_has_a_reference(tmp_path):
   d = small(write(tmp_path))
   few = dataclasses.replace(d.val, references=("A dog.",))
   with pytest.raises(
-    data.DataError, match="val.*: 2 examples but 1 references"
+    data.DataError, match=r"val.*: 2 examples but 1 references"
   ):
     dataclasses.replace(d, val=few)
 
