@@ -52,6 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "name": "multi30k",
       "max_length": 48,
+      "lengths": (16, 24, 32, 48),
+      "vocabulary_size": config_dict.placeholder(int),
       "train_examples": config_dict.placeholder(int),
       "data_dir": config_dict.placeholder(str),
     }
@@ -81,6 +83,7 @@ def get_config(arg: str = "") -> ConfigDict:
   if "paper" in variants:
     c.model.update(LARGE | {"norm": "post"})
     c.batch_size = 256
+    c.data.vocabulary_size = 9521  # as many as the paper's
     c.rules = ({"path": "(encoder|decoder)/.*"},)
     c.optimizer.name = "adam"
     c.optimizer.weight_decay = 0.0
@@ -91,6 +94,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.update({"layers": 1, "width": 32, "hidden": 64})
     c.batch_size = 32
     c.data.train_examples = 512
+    c.data.vocabulary_size = 500
+    c.data.lengths = (48,)  # each is a compilation
     c.discover.epochs = 1
     c.settle.epochs = min(c.settle.epochs, 1)
   default = "maestro" if "paper" in variants else "race"

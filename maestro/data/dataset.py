@@ -52,6 +52,11 @@ class Split:
   def __len__(self) -> int:
     return len(self.inputs)
 
+  @property
+  def arrays(self) -> dict[str, np.ndarray]:
+    """What training reads: {"inputs": ..., "targets": ...}."""
+    return {"inputs": self.inputs, "targets": self.targets}
+
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary(abc.ABC):

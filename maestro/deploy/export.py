@@ -230,7 +230,7 @@ def _with_data(
   """Gives networks their own batch statistics, then evaluates them."""
   c, mesh = run.config, make_mesh(MeshShape(data=1))
   recalibrate = build.make_recalibrator(c, run.model, dataset, mesh)
-  evaluate = build.make_evaluator(c, run.model, dataset, mesh)
+  evaluate = build.make_score(c, run.model, dataset, mesh)
   done = []
   for cut in cuts:
     own = cut.size.batch_stats is not None

@@ -48,7 +48,7 @@ def data(dataset: Dataset) -> None:
   lines = []
   for name in ("train", "val", "test"):
     split = getattr(dataset, name)
-    lines += [f"{name}: {len(split)} examples, {_digest(vars(split))}"]
+    lines += [f"{name}: {len(split)} examples, {_digest(split.arrays)}"]
   processes.agree(
     f"the data set {dataset.name!r}",
     "\n".join(lines),

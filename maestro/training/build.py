@@ -22,7 +22,7 @@ from maestro.parallel.rules import Placement
 from maestro.runs import compiler
 from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
-from maestro.training import levels, losses, optim, start
+from maestro.training import levels, losses, optim, start, translate
 from maestro.training.accumulate import unrolls
 from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import (
@@ -137,6 +137,14 @@ def make_evaluator(
   )
 
 
+def make_score(
+  c: Forward, model: Any, dataset: data_lib.Dataset, mesh: Mesh
+) -> Callable[[Any, data_lib.Split], dict[str, float]]:
+  """Makes what a finished network is judged by: its evaluation, and BLEU."""
+  evaluate = make_evaluator(c, model, dataset, mesh)
+  return translate.make_score(evaluate, model, dataset, batch_size=100)
+
+
 def make_recalibrator(
   c: Forward, model: Any, dataset: data_lib.Dataset, mesh: Mesh
 ) -> Callable[[Any], Any]:
@@ -191,6 +199,7 @@ class Training:
       one is given, see `training.levels`.
     level: step -> the level that a nested network trains in it.
     evaluate: (variables, split) -> metrics.
+    score: the same of a finished network, with what is slow to find out.
     recalibrate: variables -> variables with batch statistics of their own.
     judge: how many training examples -> (variables -> their loss).
   """
@@ -217,6 +226,7 @@ class Training:
   program: Callable[..., Callable]
   level: Callable[[int], int]
   evaluate: Evaluate
+  score: Callable[[Tree, data_lib.Split], dict[str, float]]
   recalibrate: Callable[[Tree], Tree]
   judge: Callable[[int], Callable[..., float]]
 
@@ -346,6 +356,7 @@ def make_training(
       clock.steps_per_epoch,
     ),
     evaluate=make_evaluator(c, model, dataset, mesh),
+    score=make_score(c, model, dataset, mesh),
     recalibrate=make_recalibrator(c, model, dataset, mesh),
     judge=lambda examples: make_judge(
       model,

@@ -62,8 +62,8 @@ def rows(
     ledger.compiles(f"evaluate, {form_of(variables['params'])}")
     variables = t.placement.put(variables, variables["params"])
     return {
-      "val": t.evaluate(variables, t.dataset.val),
-      "test": t.evaluate(variables, t.dataset.test),
+      "val": t.score(variables, t.dataset.val),
+      "test": t.score(variables, t.dataset.test),
     }
 
   if t.method.nested is None:

@@ -129,7 +129,7 @@ def _train(
     if ranks := state.ranks:
       nn.check_ranks(t.model, variables_of(state), ranks, t.facts.example)
     state = t.placement.put(state, state.params)
-    arrays = replicate(vars(t.dataset.train), t.mesh)
+    arrays = replicate(t.dataset.train.arrays, t.mesh)
     step = int(state.step)
     goodput.resumed(step)
 
@@ -192,7 +192,7 @@ def _train(
 
         # --- Evaluate, log, save ----------------------------------------------
         if last or discovered or every(step, t.periods.evaluate):
-          (values,) = _evaluate(t, state, ledger, t.dataset.val)
+          (values,) = _evaluate(t, state, ledger, t.dataset.val, by=t.evaluate)
           record |= {f"val/{key}": value for key, value in values.items()}
           with goodput.spent("evaluate"):
             record |= chain.evaluate(t, state, ledger)
@@ -226,9 +226,8 @@ def _finish(
   """Reports the final model: exact ranks, merged where dense is cheaper."""
   state = averaged(state)
   final = lowrank.extract(state.params, state.ranks, t.layers)
-  val, test = _evaluate(
-    t, state.replace(params=final), ledger, t.dataset.val, t.dataset.test
-  )
+  splits, cut = (t.dataset.val, t.dataset.test), state.replace(params=final)
+  val, test = _evaluate(t, cut, ledger, *splits, by=t.score)
   write_spectra(workdir, "final", state)
   ledger.wall_seconds = time.monotonic() - started
   scores = {"val": val, "test": test}
@@ -266,7 +265,7 @@ def evaluate_workdir(
   if run.batch_stats:
     variables["batch_stats"] = run.batch_stats
   variables = replicate(variables, mesh)
-  evaluate = build.make_evaluator(c, run.model, dataset, mesh)
+  evaluate = build.make_score(c, run.model, dataset, mesh)
   if run.ranks and not run.levels:
     recalibrate = build.make_recalibrator(c, run.model, dataset, mesh)
     variables = recalibrate(variables)
@@ -487,7 +486,7 @@ def _scores(record: Mapping[str, float]) -> str:
 
 @goodput.spent("evaluate")
 def _evaluate(
-  t: Training, state: TrainState, ledger: Ledger, *splits: data_lib.Split
+  t: Training, state: TrainState, ledger: Ledger, *splits: data_lib.Split, by
 ) -> list[dict[str, float]]:
   """Evaluates on whole splits, with batch statistics of the network's own."""
   state = averaged(state)
@@ -497,4 +496,4 @@ def _evaluate(
     ledger.compiles(f"recalibrate, {form}")
     variables = t.recalibrate(variables)
   ledger.compiles(f"evaluate, {form}")
-  return [t.evaluate(variables, split) for split in splits]
+  return [by(variables, split) for split in splits]
