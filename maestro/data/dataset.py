@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +65,25 @@ class Vocabulary(abc.ABC):
   """Maps text to the tokens of a data set, and back.
 
   Attributes:
-    tokens: Token i is what id i stands for.
+    tokens: Token i is what id i stands for; `SPECIAL` come first, if the kind
+      of vocabulary has special ones.
+
+  Raises:
+    DataError: If a token stands twice, or special ones are not the first.
   """
 
   tokens: tuple[str, ...]
+  special: ClassVar[bool] = True
+
+  def __post_init__(self):
+    if len({*self.tokens}) < len(self.tokens):
+      [(twice, _)] = collections.Counter(self.tokens).most_common(1)
+      raise DataError(f"a vocabulary holds {twice!r} twice; leave one out")
+    if self.special and self.tokens[: len(SPECIAL)] != SPECIAL:
+      raise DataError(
+        f"a vocabulary begins with {self.tokens[: len(SPECIAL)]}; it must"
+        f" begin with {SPECIAL}"
+      )
 
   def __len__(self) -> int:
     return len(self.tokens)
@@ -91,7 +108,6 @@ class Vocabulary(abc.ABC):
     Raises:
       DataError: If an id is not in the vocabulary.
     """
-    special = self.tokens[: len(SPECIAL)] == SPECIAL
     out = []
     for i in map(int, ids):
       if not 0 <= i < len(self.tokens):
@@ -99,9 +115,9 @@ class Vocabulary(abc.ABC):
           f"token {i} is not in the vocabulary of {len(self.tokens)}; is it the"
           " one of the data that the model was trained on?"
         )
-      if special and i == END:
+      if self.special and i == END:
         break
-      if not special or i not in (PAD, START):
+      if not self.special or i not in (PAD, START):
         out.append(self.tokens[i])
     return out
 

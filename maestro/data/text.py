@@ -16,7 +16,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from maestro.data.dataset import (
   END,
@@ -136,6 +136,8 @@ class Words(Vocabulary):
 @dataclasses.dataclass(frozen=True)
 class Characters(Vocabulary):
   """One token a character, and no special ones."""
+
+  special: ClassVar[bool] = False
 
   def encode(self, text: str) -> list[int]:
     """Returns one id a character.

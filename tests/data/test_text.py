@@ -147,7 +147,7 @@ def test_the_digest_tells_content_apart():
     Words((*SPECIAL, "b", "a")),
     Words((*SPECIAL, "a")),
     Words((*SPECIAL, "a", "b"), lowercase=False),
-    Characters((*SPECIAL, "a", "b")),
+    Characters(("<", "p", "a", "d", "b", ">")),
     Words((*SPECIAL, "a b")),
   ]
   digests = {x.digest for x in (words, *others)}
@@ -160,3 +160,11 @@ def test_the_digest_tells_content_apart():
 def test_a_vocabulary_does_not_change():
   with pytest.raises(dataclasses.FrozenInstanceError):
     Words((*SPECIAL, "a")).tokens = ()
+
+
+def test_what_is_no_vocabulary_is_told():
+  with pytest.raises(DataError, match="'a' twice"):
+    Words((*SPECIAL, "a", "b", "a"))
+  with pytest.raises(DataError, match=r"begins with \('a', 'b'\)"):
+    Words(("a", "b"))
+  assert Characters(("a", "b")).decode([1, 0, 1]) == "bab"
