@@ -1,7 +1,7 @@
-"""ResNets of basic blocks: 18 and 34 layers, and 20 thin ones for CIFAR."""
+"""ResNets of basic blocks (18, 34, and 20 thin ones) and of bottlenecks."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as linen
 import jax
@@ -16,6 +16,25 @@ _DENSE_INIT = linen.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 STEMS = ("cifar", "imagenet")
 
 
+def _conv(dtype: str | None) -> Callable[..., nn.Conv]:
+  return functools.partial(
+    nn.Conv, use_bias=False, kernel_init=_CONV_INIT, dtype=dtype
+  )
+
+
+def _norm(train: bool, dtype: str | None) -> Callable[..., linen.BatchNorm]:
+  return functools.partial(
+    linen.BatchNorm,
+    use_running_average=not train,
+    momentum=0.9,
+    epsilon=1e-5,
+    dtype=dtype,
+  )
+
+
+_ONES = ((1, 1), (1, 1))  # not "SAME", which pads a stride of 2 otherwise
+
+
 class Block(linen.Module):
   """Basic block: conv 3x3, conv 3x3, and a 1x1 shortcut where shapes change."""
 
@@ -25,22 +44,54 @@ class Block(linen.Module):
 
   @linen.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    conv = functools.partial(
-      nn.Conv, use_bias=False, kernel_init=_CONV_INIT, dtype=self.dtype
-    )
-    norm = functools.partial(
-      linen.BatchNorm,
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-    )
-    ones = ((1, 1), (1, 1))  # not "SAME", which pads a stride of 2 otherwise
+    conv, norm = _conv(self.dtype), _norm(train, self.dtype)
     strides = (self.stride, self.stride)
-    y = conv(self.features, (3, 3), strides, ones, name="conv1")(x)
+    y = conv(self.features, (3, 3), strides, _ONES, name="conv1")(x)
     y = linen.relu(norm(name="norm1")(y))
-    y = conv(self.features, (3, 3), (1, 1), ones, name="conv2")(y)
+    y = conv(self.features, (3, 3), (1, 1), _ONES, name="conv2")(y)
     y = norm(name="norm2")(y)
+    if self.stride > 1 or x.shape[-1] != self.features:
+      x = conv(self.features, (1, 1), strides, "VALID", name="shortcut")(x)
+      x = norm(name="shortcut_norm")(x)
+    return linen.relu(x + y)
+
+
+class Bottleneck(linen.Module):
+  """Bottleneck: conv 1x1, 3x3, 1x1, and a 1x1 shortcut where shapes change.
+
+  The stride is that of the 3x3 convolution (v1.5, as in torchvision).
+
+  Attributes:
+    features: channels of the output.
+    inner: channels of the 3x3 convolution.
+    groups: of the 3x3 convolution.
+    stride: of the block.
+    dtype: of the computation.
+  """
+
+  features: int
+  inner: int
+  groups: int = 1
+  stride: int = 1
+  dtype: str | None = None
+
+  @linen.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    conv, norm = _conv(self.dtype), _norm(train, self.dtype)
+    strides = (self.stride, self.stride)
+    y = conv(self.inner, (1, 1), padding="VALID", name="conv1")(x)
+    y = linen.relu(norm(name="norm1")(y))
+    y = conv(
+      self.inner,
+      (3, 3),
+      strides,
+      _ONES,
+      feature_group_count=self.groups,
+      name="conv2",
+    )(y)
+    y = linen.relu(norm(name="norm2")(y))
+    y = conv(self.features, (1, 1), padding="VALID", name="conv3")(y)
+    y = norm(name="norm3")(y)
     if self.stride > 1 or x.shape[-1] != self.features:
       x = conv(self.features, (1, 1), strides, "VALID", name="shortcut")(x)
       x = norm(name="shortcut_norm")(x)
@@ -69,6 +120,10 @@ class ResNet18(linen.Module):
   stage_sizes: Sequence[Count] = (2, 2, 2, 2)
   dtype: str | None = None
 
+  def block(self, stage: int) -> Callable[..., linen.Module]:
+    """Returns the block of a stage, counted from 0."""
+    return functools.partial(Block, self.width * 2**stage)
+
   @linen.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     if self.stem not in STEMS:
@@ -77,30 +132,19 @@ class ResNet18(linen.Module):
       )
     cifar = self.stem == "cifar"
     size, stride, pad = (3, 1, 1) if cifar else (7, 2, 3)
-    x = nn.Conv(
+    x = _conv(self.dtype)(
       self.width,
       (size, size),
       (stride, stride),
       ((pad, pad), (pad, pad)),
-      use_bias=False,
-      kernel_init=_CONV_INIT,
-      dtype=self.dtype,
       name="stem",
     )(x)
-    x = linen.BatchNorm(
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      name="stem_norm",
-    )(x)
-    x = linen.relu(x)
+    x = linen.relu(_norm(train, self.dtype)(name="stem_norm")(x))
     if not cifar:
       x = linen.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore
     for i, blocks in enumerate(self.stage_sizes):
       for j in range(blocks):
-        x = Block(
-          self.width * 2**i,
+        x = self.block(i)(
           stride=2 if i > 0 and j == 0 else 1,
           dtype=self.dtype,
           name=f"stage{i + 1}_block{j + 1}",
@@ -130,3 +174,43 @@ class ResNet20(ResNet18):
 
   width: Count = 16
   stage_sizes: Sequence[Count] = (3, 3, 3)
+
+
+class ResNet50(ResNet18):
+  """ResNet-50: as `ResNet18` with 3, 4, 6 and 3 bottlenecks, for ImageNet.
+
+  With 1000 classes and inputs [b, 224, 224, 3]: 25,557,032 parameters and
+  4,089,184,256 MACs.
+
+  Attributes:
+    width: channels of the stem and of the first stage's 3x3 convolutions; the
+      stage has four times as many, and each later one twice as many as before.
+    groups: of the 3x3 convolutions.
+    group_width: channels of a group in the first stage; None is width / groups.
+  """
+
+  stem: str = "imagenet"
+  stage_sizes: Sequence[Count] = (3, 4, 6, 3)
+  groups: Count = 1
+  group_width: Count | None = None
+
+  def block(self, stage: int) -> Callable[..., linen.Module]:
+    """Returns the block of a stage, counted from 0."""
+    width = self.group_width or self.width // self.groups
+    return functools.partial(
+      Bottleneck,
+      self.width * 4 * 2**stage,
+      self.groups * width * 2**stage,
+      self.groups,
+    )
+
+
+class ResNeXt50(ResNet50):
+  """ResNeXt-50 32x4d (Xie et al., 2017): 32 groups of 4 channels at first.
+
+  With 1000 classes and inputs [b, 224, 224, 3]: 25,028,904 parameters and
+  4,230,479,872 MACs. Grouped convolutions have a rank for each group.
+  """
+
+  groups: Count = 32
+  group_width: Count | None = 4
