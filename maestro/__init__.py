@@ -3,6 +3,7 @@
 from maestro import nn, ops, sampling
 from maestro.cost.count import Cost, LayerCost, count_cost
 from maestro.deploy.artifact import load, load_stablehlo
+from maestro.deploy.to_torch import to_torch
 from maestro.errors import UserError
 from maestro.introspect import check_ranks, layers
 from maestro.lowrank import (
@@ -18,6 +19,7 @@ from maestro.lowrank import (
   truncate,
 )
 from maestro.methods.fisher import reorder
+from maestro.pytorch import from_torch
 from maestro.trees import LayerSpec, LowRankError
 
 __version__ = "0.1.0"
@@ -32,6 +34,7 @@ __all__ = [
   "count_cost",
   "decompose",
   "extract",
+  "from_torch",
   "full_ranks",
   "group_lasso",
   "importance",
@@ -45,5 +48,6 @@ __all__ = [
   "reorder",
   "sampling",
   "shrink",
+  "to_torch",
   "truncate",
 ]

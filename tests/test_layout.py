@@ -101,6 +101,7 @@ ROOMS = (
     "taps",
     "decoding",
     "models",
+    "pytorch",
     "data",
     "cost",
     "methods",

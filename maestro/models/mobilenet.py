@@ -54,7 +54,8 @@ class InvertedResidual(linen.Module):
       y = linen.relu6(layer(y, inner, "expand"))
     y = layer(y, inner, "depthwise", 3, self.stride, groups=inner)
     y = layer(linen.relu6(y), self.features, "project")
-    return x + y if y.shape == x.shape else y
+    same = self.stride == 1 and self.features == x.shape[-1]
+    return x + y if same else y
 
 
 def _conv_norm(

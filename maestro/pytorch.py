@@ -1,0 +1,450 @@
+"""Weights as PyTorch names and lays them out, by torchvision's names.
+
+  here                                  in PyTorch
+  Dense    kernel [in, out]             weight [out, in]
+  Conv     kernel [*window, in/G, out]  weight [out, in/G, *window]
+  factors  u [(G,) *inputs, R]          0.weight [R, in], [G R, in/G, *window]
+           v [(G,) R, *outputs]         1.weight [out, R], [out, R, 1, 1]
+  norm     scale, bias; mean, var       weight, bias; running_mean, running_var
+  images   [b, h, w, c]                 [b, c, h, w]
+
+So factors are two layers in a row. Where a network lays an image out as a
+vector, the order of its numbers differs, too, and with it the inputs of the
+layer behind. Needs no PyTorch: tensors are anything that NumPy takes.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from maestro import introspect
+from maestro.errors import UserError
+from maestro.models import (
+  MLP,
+  VGG19,
+  LeNet,
+  LinearAutoencoder,
+  LinearMap,
+  MobileNetV2,
+  ResNet18,
+)
+from maestro.models.vgg import STAGES
+from maestro.trees import LayerSpec, Tree
+
+
+class WeightsError(UserError):
+  """Weights are not those of a network, or cannot be read."""
+
+
+# ---------------------------------------------------------------------------
+# Names, a network each
+# ---------------------------------------------------------------------------
+
+
+def _same(model: Any, path: str) -> str:
+  del model
+  return path
+
+
+def _resnet(model: ResNet18, path: str) -> str:
+  del model
+  if block := re.fullmatch(r"stage(\d+)_block(\d+)/(\w+)", path):
+    stage, index, name = block.groups()
+    shortcuts = {"shortcut": "downsample.0", "shortcut_norm": "downsample.1"}
+    inner = shortcuts.get(name, name.replace("norm", "bn"))
+    return f"layer{stage}.{int(index) - 1}.{inner}"
+  return {"stem": "conv1", "stem_norm": "bn1", "classifier": "fc"}[path]
+
+
+def _vgg(model: VGG19, path: str) -> str:
+  if found := re.fullmatch(r"(conv|norm)(\d+)_(\d+)", path):
+    stage, index = int(found[2]), int(found[3])
+    # Before it are convolutions, each with norm and ReLU, and a pool a stage.
+    before = sum(n for n, _ in STAGES[: stage - 1]) + index - 1
+    return f"features.{3 * before + stage - 1 + (found[1] == 'norm')}"
+  if not model.hidden:
+    return path
+  # Each hidden layer is followed by ReLU and dropout.
+  hidden = path.removeprefix("hidden")
+  index = int(hidden) - 1 if hidden.isdigit() else len(model.hidden)
+  return f"classifier.{3 * index}"
+
+
+def _mobilenet(model: MobileNetV2, path: str) -> str:
+  growths = [e for e, _, blocks, _ in model.stages for _ in range(blocks)]
+  plain, norm = path.removesuffix("_norm"), int(path.endswith("_norm"))
+  if found := re.fullmatch(r"block(\d+)/(\w+)", plain):
+    index, layers = int(found[1]), ["expand", "depthwise", "project"]
+    place = layers[growths[index - 1] == 1 :].index(found[2])
+    # A norm is beside its convolution, or behind the last one.
+    inner = f"{place + norm}" if found[2] == "project" else f"{place}.{norm}"
+    return f"features.{index}.conv.{inner}"
+  if plain == "classifier":
+    return "classifier.1"
+  return f"features.{ {'stem': 0, 'head': len(growths) + 1}[plain] }.{norm}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """How PyTorch knows a network.
+
+  Attributes:
+    of: (model, path of a module) -> its name.
+    image: model -> an input's shape; None if it must be told.
+    flattened: (model, shape of an input) -> (path of the layer that sees an
+      image as a vector, its channels); None if none does.
+  """
+
+  of: Callable[[Any, str], str]
+  image: Callable[[Any], tuple[int, ...] | None] = lambda model: None
+  flattened: Callable[[Any, tuple[int, ...]], tuple[str, int] | None] = (
+    lambda model, shape: None
+  )
+
+
+NAMES: dict[type, Names] = {
+  LinearAutoencoder: Names(_same),
+  LinearMap: Names(_same),
+  MLP: Names(
+    _same,
+    flattened=lambda model, shape: (
+      ("fc1", shape[-1]) if len(shape) == 3 else None
+    ),
+  ),
+  LeNet: Names(
+    _same,
+    image=lambda model: (28, 28, 1),
+    flattened=lambda model, shape: ("fc1", 16),
+  ),
+  ResNet18: Names(_resnet, image=lambda model: (32, 32, 3)),  # and its kin
+  MobileNetV2: Names(_mobilenet, image=lambda model: (32, 32, 3)),
+  VGG19: Names(
+    _vgg,
+    image=lambda model: (224, 224, 3) if model.hidden else (32, 32, 3),
+    flattened=lambda model, shape: (
+      "hidden1" if model.hidden else "classifier",
+      STAGES[-1][1] * model.width,
+    ),
+  ),
+}
+
+
+# ---------------------------------------------------------------------------
+# A network's modules
+# ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+  """A module that holds parameters.
+
+  Attributes:
+    path: slash-joined, here.
+    name: dot-joined, in PyTorch.
+    spec: of its kernel; None of a norm.
+    shapes: {leaf: shape} of its parameters and statistics.
+    channels: of the image that it sees as a vector; 1 if it does not.
+  """
+
+  path: str
+  name: str
+  spec: LayerSpec | None
+  shapes: Mapping[str, tuple[int, ...]]
+  channels: int = 1
+
+
+def _modules(model: Any, inputs: Any) -> Iterator[_Module]:
+  """Yields the modules of a network in order of their paths."""
+  kind = next((k for k in NAMES if isinstance(model, k)), None)
+  if kind is None:
+    raise WeightsError(
+      f"{type(model).__name__} has no names in PyTorch; maestro/pytorch.py"
+      f" has those of {', '.join(k.__name__ for k in NAMES)}"
+    )
+  names = NAMES[kind]
+  shape = names.image(model) if inputs is None else tuple(inputs.shape[1:])
+  if shape is None:
+    raise WeightsError(
+      f"inputs: {kind.__name__} takes inputs of any shape; give an example, or"
+      " jax.ShapeDtypeStruct((1, ...), float)"
+    )
+  x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+  try:
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    layers = introspect.layers(model, x)
+  except (TypeError, ValueError) as error:
+    raise WeightsError(
+      f"inputs: {type(model).__name__} does not run on {x.shape}: {error}"
+    ) from error
+  leaves: dict[str, dict[str, tuple[int, ...]]] = {}
+  for tree in variables.values():
+    flat: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
+    for path, leaf in flat.items():
+      module, _, name = path.rpartition("/")
+      leaves.setdefault(module, {})[name] = leaf.shape
+  flattened, channels = names.flattened(model, shape) or ("", 1)
+  for path in sorted(leaves):
+    yield _Module(
+      path,
+      names.of(model, path),
+      layers.get(path),
+      leaves[path],
+      channels if path == flattened else 1,
+    )
+
+
+_NORM = {
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
+
+
+def _expected(
+  module: _Module, rank: int | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+  """{leaf: (name, shape) in PyTorch} of a module, dense or at a rank."""
+  name, spec = module.name, module.spec
+  if spec is None:
+    return {
+      leaf: (f"{name}.{_NORM[leaf]}", shape)
+      for leaf, shape in module.shapes.items()
+    }
+  groups = max(spec.groups, default=1)
+  inputs = (spec.inputs[-1], *spec.inputs[:-1])
+  outputs = groups * spec.n_out
+  found: dict[str, tuple[str, tuple[int, ...]]] = {}
+  if rank is None:
+    found["kernel"] = (f"{name}.weight", (outputs, *inputs))
+  else:
+    ones = (1, 1) if spec.kind == "conv" else ()
+    found["u"] = (f"{name}.0.weight", (groups * rank, *inputs))
+    found["v"] = (f"{name}.1.weight", (outputs, rank, *ones))
+    name = f"{name}.1"
+  if "bias" in module.shapes:
+    found["bias"] = (f"{name}.bias", (outputs,))
+  return found
+
+
+def _here(x: np.ndarray, leaf: str, module: _Module) -> np.ndarray:
+  """Lays out an array of PyTorch's as it is here."""
+  spec = module.spec
+  if spec is None or leaf == "bias":
+    return x
+  if leaf in ("u", "v") and spec.groups:  # [G R, ...] -> [G, ..., R]
+    x = x.reshape((*spec.groups, -1, *x.shape[1:]))
+    x = np.moveaxis(x, (1, 2), (-1, -2))
+  else:
+    x = np.moveaxis(x, (0, 1), (-1, -2))
+  if leaf == "v":
+    return x.reshape((*spec.lead, x.shape[-2], *spec.outputs))
+  if module.channels > 1:  # rows [c, h w] -> [h w, c]
+    rows = x.reshape((module.channels, -1, x.shape[-1]))
+    x = rows.swapaxes(0, 1).reshape(x.shape)
+  return x
+
+
+def _there(x: np.ndarray, leaf: str, module: _Module) -> np.ndarray:
+  """Inverts `_here`."""
+  spec = module.spec
+  if spec is None or leaf == "bias":
+    return x
+  if leaf == "v" and spec.kind == "conv":
+    x = x.reshape((*spec.lead, 1, 1, *x.shape[-2:]))
+  if leaf != "v" and module.channels > 1:  # rows [h w, c] -> [c, h w]
+    rows = x.reshape((-1, module.channels, x.shape[-1]))
+    x = rows.swapaxes(0, 1).reshape(x.shape)
+  if leaf in ("u", "v") and spec.groups:
+    x = np.moveaxis(x, (-1, -2), (1, 2))
+    return x.reshape((-1, *x.shape[2:]))
+  return np.moveaxis(x, (-1, -2), (0, 1))
+
+
+# ---------------------------------------------------------------------------
+# From and to PyTorch
+# ---------------------------------------------------------------------------
+
+_COUNTER = "num_batches_tracked"  # a norm's, which no forward pass reads
+
+
+def from_torch(
+  state_dict: Mapping[str, Any] | str | os.PathLike,
+  model: Any,
+  inputs: Any = None,
+) -> dict[str, Any]:
+  """Returns a network's variables with the weights of PyTorch's.
+
+    model = maestro.models.ResNet50(num_classes=1000)
+    variables = maestro.from_torch(torch_model.state_dict(), model)
+    logits = model.apply(variables, x)  # x [b, h, w, c]
+
+  Args:
+    state_dict: {name: array} with torchvision's names, of PyTorch's layout;
+      tensors of torch's or anything with `__array__`. A layer may be two in a
+      row, "fc.0.weight" and "fc.1.weight", which become factors. Or the path of
+      a safetensors file of such arrays.
+    model: a network of `maestro.models`: ResNets (also without the ImageNet
+      stem), ResNeXt, MobileNetV2, VGG-19 with batch norm, LeNet, MLP, or a
+      linear one.
+    inputs: an example of what it is applied to, [b, h, w, c], or its abstract
+      value; None is the size that the network was made for. The MLP and the
+      linear networks need it.
+
+  Returns:
+    {"params": ...} and, where it has them, {"batch_stats": ...}, in the
+    parameters' dtype.
+
+  Raises:
+    WeightsError: names are missing or left over, or shapes differ, all listed;
+      the network has no names in PyTorch; or the file cannot be read.
+  """
+  if isinstance(state_dict, str | os.PathLike):
+    state_dict = read_file(state_dict)
+  given = {k: x for k, x in state_dict.items() if not k.endswith(_COUNTER)}
+  shapes = {k: getattr(x, "shape", None) for k, x in given.items()}
+  shapes = {k: None if s is None else tuple(s) for k, s in shapes.items()}
+  expected = []
+  for module in _modules(model, inputs):
+    rank = _rank(module, shapes)
+    expected.append((module, _expected(module, rank)))
+  wanted = {name: s for _, leaves in expected for name, s in leaves.values()}
+  if problems := differences(shapes, wanted):
+    raise WeightsError(
+      f"state dict does not fit {type(model).__name__}: {'; '.join(problems)}."
+      " Give torchvision's names and PyTorch's layout, [out, in] and [out, in /"
+      " groups, h, w], of a network of the same options (num_classes, stem,"
+      " width, ...) and the same inputs="
+      + _prefix(set(shapes) - set(wanted), set(wanted) - set(shapes))
+    )
+  flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+  for module, leaves in expected:
+    for leaf, (name, _) in leaves.items():
+      x = _here(_array(given[name]), leaf, module)
+      part = "batch_stats" if leaf in ("mean", "var") else "params"
+      path = f"{module.path}/{leaf}".removeprefix("/")
+      flat[part][path] = jnp.asarray(x, jnp.float32)
+  return {
+    part: traverse_util.unflatten_dict(leaves, sep="/")
+    for part, leaves in flat.items()
+    if leaves
+  }
+
+
+def _rank(module: _Module, shapes: Mapping[str, Any]) -> int | None:
+  """The rank at which a state dict holds a module; None is dense."""
+  first = shapes.get(f"{module.name}.0.weight")
+  if module.spec is None or not first or f"{module.name}.weight" in shapes:
+    return None
+  return first[0] // max(module.spec.groups, default=1)
+
+
+def _array(x: Any) -> np.ndarray:
+  """An array of NumPy's, also of a tensor with a gradient, or in bfloat16."""
+  if hasattr(x, "detach"):
+    x = x.detach().cpu()
+    x = x.float() if str(x.dtype) == "torch.bfloat16" else x
+  return np.asarray(x)
+
+
+def _prefix(left: set[str], missing: set[str]) -> str:
+  """Says so if all names are right behind one prefix."""
+  name = min(left, default="")
+  for end in missing:
+    prefix = name.removesuffix(end)
+    if name.endswith(f".{end}") and all(n.startswith(prefix) for n in left):
+      return f". All names begin with {prefix!r}: take that away"
+  return ""
+
+
+def differences(
+  found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+  """Compares {name: shape} with what is wanted; [] if they are the same.
+
+  Returns:
+    A text each for the missing, the unknown and the misshapen, which name all.
+  """
+  missing = [f"{n} {list(wanted[n])}" for n in sorted(wanted.keys() - found)]
+  unknown = sorted(found.keys() - wanted)
+  other = []
+  for name in sorted(found.keys() & wanted):
+    here, there = wanted[name], found[name]
+    if there != here:
+      text = "no array" if there is None else str(list(there))
+      turned = there is not None and sorted(there) == sorted(here)
+      text += ", which is transposed," if turned else ""
+      other.append(f"{name} is {text} and must be {list(here)}")
+  kinds = {"missing": missing, "unknown": unknown, "of another shape": other}
+  return [f"{kind}: {', '.join(x)}" for kind, x in kinds.items() if x]
+
+
+def to_state_dict(
+  model: Any, variables: Mapping[str, Tree], inputs: Any = None
+) -> dict[str, np.ndarray]:
+  """Inverts `from_torch`: {name: array}, in PyTorch's layout.
+
+  A layer of rank 0, which PyTorch has not, is one component of zeros.
+
+  Args:
+    model: as for `from_torch`.
+    variables: {"params": ...} and {"batch_stats": ...}; each layer holds a
+      kernel, or u and v.
+    inputs: as for `from_torch`.
+
+  Raises:
+    WeightsError: the network has no names in PyTorch.
+  """
+  flat: dict[str, dict[str, Any]] = {}
+  for tree in variables.values():
+    leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
+    for path, x in leaves.items():
+      module, _, leaf = path.rpartition("/")
+      flat.setdefault(module, {})[leaf] = np.asarray(x)
+  state = {}
+  for module in _modules(model, inputs):
+    node, rank = dict(flat[module.path]), None
+    if module.spec is not None and "u" in node:
+      axis = len(module.spec.lead)
+      if not node["u"].shape[-1]:
+        for leaf, at in (("u", node["u"].ndim - 1), ("v", axis)):
+          pads = [(0, int(i == at)) for i in range(node[leaf].ndim)]
+          node[leaf] = np.pad(node[leaf], pads)
+      rank = node["u"].shape[-1]
+    for leaf, (name, _) in _expected(module, rank).items():
+      state[name] = np.ascontiguousarray(_there(node[leaf], leaf, module))
+  return state
+
+
+def read_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Reads all arrays of a safetensors file, {name: array}.
+
+  Raises:
+    WeightsError: it is not there, or no such file; pickles are not read.
+  """
+  path = pathlib.Path(path)
+  if path.suffix != ".safetensors":
+    raise WeightsError(
+      f"{path}: only .safetensors files are read, as others may run code; write"
+      " one by safetensors.torch.save_file(model.state_dict(), path)"
+    )
+  try:
+    return safetensors.numpy.load_file(path)
+  except OSError as error:
+    raise WeightsError(
+      f"cannot read {path}: {error.strerror or error}"
+    ) from error
+  except (safetensors.SafetensorError, TypeError) as error:
+    raise WeightsError(
+      f"{path} is no safetensors file of numbers: {error}; write it again"
+    ) from error
