@@ -359,10 +359,9 @@ def _array(x: Any) -> np.ndarray:
 
 def _prefix(left: set[str], missing: set[str]) -> str:
   """Says so if all names are right behind one prefix."""
-  name = min(left, default="")
-  for end in missing:
-    prefix = name.removesuffix(end)
-    if name.endswith(f".{end}") and all(n.startswith(prefix) for n in left):
+  ends = [(n, end) for n in left for end in missing if n.endswith(f".{end}")]
+  for prefix in {name.removesuffix(end) for name, end in ends}:
+    if all(name.startswith(prefix) for name in left):
       return f". All names begin with {prefix!r}: take that away"
   return ""
 

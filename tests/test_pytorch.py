@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import maestro
-from maestro import lowrank, models, pytorch, trees
+from maestro import models, pytorch, trees
 from maestro.errors import UserError
 from maestro.introspect import layers as layers_of
 
@@ -20,18 +20,21 @@ except ImportError:  # it is optional
   torch = None
 needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not there")
 
+SHORT = ((1, 8, 1, 1), (6, 16, 2, 2))  # stages of a MobileNetV2
 # name: (network, shape of an input)
 NETWORKS = {
   "linear_map": (models.LinearMap(5), (7,)),
   "mlp": (models.MLP(3, features=(6, 5)), (3, 2, 2)),
   "lenet": (models.LeNet(4), (28, 28, 1)),
-  "resnet18": (models.ResNet18(5, width=2), (32, 32, 3)),
-  "resnet50": (models.ResNet50(5, width=4, stage_sizes=(1, 2)), (32, 32, 3)),
+  "resnet18": (models.ResNet18(5, width=2, stage_sizes=(1, 1)), (32, 32, 3)),
   "resnext50_32x4d": (
-    models.ResNeXt50(5, width=4, stage_sizes=(2, 1), groups=2),
+    models.ResNeXt50(5, width=4, stage_sizes=(1, 1), groups=2),
     (32, 32, 3),
   ),
-  "mobilenet_v2": (models.MobileNetV2(5, multiplier=0.25), (32, 32, 3)),
+  "mobilenet_v2": (
+    models.MobileNetV2(5, multiplier=0.25, stages=SHORT),
+    (32, 32, 3),
+  ),
   "vgg19": (models.VGG19(5, width=2), (32, 32, 3)),
   "vgg19_imagenet": (models.VGG19(5, width=1, hidden=(6, 7)), (224, 224, 3)),
 }
@@ -42,65 +45,52 @@ def _example(shape, batch=1):
 
 
 @functools.cache
-def _variables(name, factored=False):
-  """Random variables of NumPy's; if factored, of every rank there is."""
+def _variables(name):
+  """Random variables of NumPy's: factors of many ranks, but each 4th dense."""
   model, shape = NETWORKS[name]
   x = _example(shape)
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)
   rng = np.random.default_rng(0)
-  params, stats = (
-    jax.tree.map(
-      lambda leaf: rng.uniform(0.5, 1, leaf.shape).astype(np.float32),
-      shapes.get(part, {}),
-    )
-    for part in ("params", "batch_stats")
-  )
+
+  def draw(shape):
+    return rng.uniform(0.5, 1, shape).astype(np.float32)
+
+  variables = jax.tree.map(lambda leaf: draw(leaf.shape), shapes)
   changes = {}
   for i, (path, spec) in enumerate(layers_of(model, x).items()):
-    if not factored or i % 4 == 3 or spec.full_rank == 1:
+    if i % 4 == 3 or spec.full_rank == 1:
       continue
-    node = dict(trees.get(params, path))
+    node = dict(trees.get(variables["params"], path))
     del node["kernel"]
-    rank = i % (spec.full_rank + 1)  # 0, too
-    node["u"], node["v"] = (
-      rng.uniform(0.5, 1, s).astype(np.float32)
-      for s in spec.factor_shapes(rank)
-    )
+    sizes = spec.factor_shapes(i % (spec.full_rank + 1))  # 0, too
+    node["u"], node["v"] = map(draw, sizes)
     changes[path] = node
-  params = trees.replace(params, changes)
-  return {"params": params} | ({"batch_stats": stats} if stats else {})
+  return variables | {"params": trees.replace(variables["params"], changes)}
 
 
-@pytest.mark.parametrize("factored", [False, True])
+def _dense(name):
+  model, shape = NETWORKS[name]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), _example(shape))
+  return jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_there_and_back_is_the_identity(name, factored):
+def test_there_and_back_is_the_identity(name):
   model, shape = NETWORKS[name]
-  variables, x = _variables(name, factored), _example(shape)
-  state = pytorch.to_state_dict(model, variables, x)
-  assert sum(a.size for a in state.values()) >= sum(
-    a.size for a in jax.tree.leaves(variables)
-  )
+  variables, x = _variables(name), _example(shape)
+  told = name in ("mlp", "linear_map")  # else the size of images is known
+  state = pytorch.to_state_dict(model, variables, x if told else None)
   found = maestro.from_torch(state, model, x)
+  params = dict(variables["params"])
   whole = {}  # a rank of 0 is one component of zeros in PyTorch
-  for path, node in trees.factored(variables["params"]).items():
+  for path, node in trees.factored(params).items():
     if not node["u"].shape[-1]:
-      spec = layers_of(model, x)[path]
-      shapes = zip("uv", spec.factor_shapes(1), strict=True)
-      whole[path] = dict(node) | {
-        leaf: np.zeros(s, np.float32) for leaf, s in shapes
-      }
-  assert bool(whole) == factored
-  expected = variables | {"params": trees.replace(variables["params"], whole)}
+      there = trees.get(found["params"], path)
+      assert there["u"].shape[-1] == 1 and not np.any(there["u"])
+      whole[path] = dict(node) | {leaf: there[leaf] for leaf in "uv"}
+  assert whole
+  expected = variables | {"params": trees.replace(params, whole)}
   jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "vgg19", "lenet", "mobilenet_v2"])
-def test_the_size_of_images_need_not_be_told(name):
-  model, shape = NETWORKS[name]
-  state = pytorch.to_state_dict(model, _variables(name))
-  assert state.keys() == maestro.from_torch(state, model) and False or state
-  told = pytorch.to_state_dict(model, _variables(name), _example(shape))
-  jax.tree.map(np.testing.assert_array_equal, state, told)
 
 
 # ---------------------------------------------------------------------------
@@ -123,7 +113,7 @@ def _conv_of(n_in, n_out, k, stride=1, groups=1, bias=False):
 
 
 def _residual_of(n_in, width, n_out, stride, groups):
-  """torchvision's Bottleneck, or its BasicBlock for groups=0."""
+  """As torchvision: a Bottleneck, or a BasicBlock for groups=0."""
 
   class Block(torch.nn.Module):
     def __init__(self):
@@ -153,7 +143,7 @@ def _residual_of(n_in, width, n_out, stride, groups):
 
 
 def _torch_resnet(sizes, *, width, groups, group_width=64, cifar=False):
-  """torchvision's ResNet with 64 -> width; groups=0 has basic blocks."""
+  """As torchvision: a ResNet with 64 -> width; groups=0 has basic blocks."""
 
   class Network(torch.nn.Module):
     def __init__(self):
@@ -183,7 +173,7 @@ def _torch_resnet(sizes, *, width, groups, group_width=64, cifar=False):
 
 
 def _torch_vgg(width, hidden, classes, size):
-  """torchvision's vgg19_bn with 64 -> width and 4096 -> hidden, if any."""
+  """As torchvision: vgg19_bn with 64 -> width and 4096 -> hidden, if any."""
 
   class Network(torch.nn.Module):
     def __init__(self):
@@ -213,7 +203,7 @@ def _torch_vgg(width, hidden, classes, size):
 
 
 def _torch_mobilenet(multiplier, settings):
-  """torchvision's mobilenet_v2 of some inverted residual settings."""
+  """As torchvision: mobilenet_v2 of some inverted residual settings."""
 
   def width(v):
     new = max(8, int(v * multiplier + 4) // 8 * 8)
@@ -259,27 +249,26 @@ PUBLISHED = (
   *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
   *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
 )
-SHORT = ((1, 8, 1, 1), (6, 16, 2, 2))
 # name: (how PyTorch has it, network, size of images)
 TWINS = {
   "resnet18": (
-    lambda: _torch_resnet((2, 2, 1), width=4, groups=0),
-    models.ResNet18(5, width=4, stem="imagenet", stage_sizes=(2, 2, 1)),
+    lambda: _torch_resnet((1, 2), width=4, groups=0),
+    models.ResNet18(5, width=4, stem="imagenet", stage_sizes=(1, 2)),
     32,
   ),
   "resnet18_cifar": (
-    lambda: _torch_resnet((1, 2), width=4, groups=0, cifar=True),
-    models.ResNet18(5, width=4, stage_sizes=(1, 2)),
+    lambda: _torch_resnet((1, 1), width=4, groups=0, cifar=True),
+    models.ResNet18(5, width=4, stage_sizes=(1, 1)),
     16,
   ),
   "resnet50": (
-    lambda: _torch_resnet((2, 2), width=4, groups=1),
-    models.ResNet50(5, width=4, stage_sizes=(2, 2)),
+    lambda: _torch_resnet((2, 1), width=4, groups=1),
+    models.ResNet50(5, width=4, stage_sizes=(2, 1)),
     32,
   ),
   "resnext50_32x4d": (
-    lambda: _torch_resnet((2, 1), width=8, groups=4, group_width=16),
-    models.ResNeXt50(5, width=8, stage_sizes=(2, 1), groups=4, group_width=2),
+    lambda: _torch_resnet((1, 1), width=8, groups=4, group_width=16),
+    models.ResNeXt50(5, width=8, stage_sizes=(1, 1), groups=4, group_width=2),
     32,
   ),
   "mobilenet_v2": (
@@ -375,15 +364,16 @@ def test_tensors_of_half_precision_become_whole(close):
 
 def test_a_file_is_read(tmp_path):
   model, shape = NETWORKS["mlp"]
-  variables, x = _variables("mlp"), _example(shape)
-  state = pytorch.to_state_dict(model, variables, x)
+  x = _example(shape)
+  state = pytorch.to_state_dict(model, _variables("mlp"), x)
+  variables = maestro.from_torch(state, model, x)
   path = tmp_path / "mlp.safetensors"
   half = {name: a.astype(jnp.bfloat16) for name, a in state.items()}
   for tensors, exact in ((state, True), (half, False)):
     safetensors.numpy.save_file(tensors, path)
     found = maestro.from_torch(path, model, x)
     gap = jax.tree.map(
-      lambda a, b: np.max(np.abs(a - b)), found, dict(variables)
+      lambda a, b: np.max(np.abs(a - b), initial=0), found, variables
     )
     assert (max(jax.tree.leaves(gap)) == 0) == exact
     assert max(jax.tree.leaves(gap)) < 0.01
@@ -407,8 +397,8 @@ def test_a_file_that_cannot_be_read_is_refused(name, content, match, tmp_path):
 
 def test_all_misfits_are_named_at_once():
   model = NETWORKS["resnet18"][0]
-  state = pytorch.to_state_dict(model, _variables("resnet18"))
-  del state["bn1.running_var"], state["layer4.1.conv2.weight"]
+  state = pytorch.to_state_dict(model, _dense("resnet18"))
+  del state["bn1.running_var"], state["layer2.0.conv2.weight"]
   state["head.weight"] = state["head.bias"] = np.zeros(3)
   state["fc.weight"] = state["fc.weight"].T
   state["conv1.weight"] = np.moveaxis(state["conv1.weight"], (0, 1), (3, 2))
@@ -419,10 +409,10 @@ def test_all_misfits_are_named_at_once():
   text = str(caught.value)
   for part in (
     "does not fit ResNet18: ",
-    "missing: bn1.running_var [2], layer4.1.conv2.weight [16, 16, 3, 3];",
+    "missing: bn1.running_var [2], layer2.0.conv2.weight [4, 4, 3, 3];",
     "unknown: head.bias, head.weight;",
     "conv1.weight is [3, 3, 3, 2], which is transposed, and must be [2, 3, 3,",
-    "fc.weight is [16, 5], which is transposed, and must be [5, 16]",
+    "fc.weight is [4, 5], which is transposed, and must be [5, 4]",
     "layer1.0.bn1.bias is [9] and must be [2]",
     "[out, in / groups, h, w]",
   ):
@@ -431,8 +421,8 @@ def test_all_misfits_are_named_at_once():
 
 
 def test_a_prefix_of_all_names_is_seen():
-  model = NETWORKS["resnet18"][0]
-  state = pytorch.to_state_dict(model, _variables("resnet18"))
+  model = NETWORKS["lenet"][0]
+  state = pytorch.to_state_dict(model, _variables("lenet"))
   wrapped = {f"module.{name}": x for name, x in state.items()}
   with pytest.raises(UserError, match=r"All names begin with 'module\.'"):
     maestro.from_torch(wrapped, model)
@@ -462,21 +452,7 @@ def test_a_network_without_names_is_refused():
   class Mine(flax.linen.Module):
     pass
 
-  with pytest.raises(UserError, match="Mine has no names in PyTorch; .*ResNet"):
+  with pytest.raises(
+    UserError, match=r"Mine has no names in PyTorch; .*ResNet"
+  ):
     maestro.from_torch({}, Mine())
-
-
-@needs_torch
-def test_what_came_in_is_cut_as_ever(jit, close):
-  model, shape = NETWORKS["resnext50_32x4d"]
-  x = _example(shape)
-  state = pytorch.to_state_dict(model, _variables("resnext50_32x4d"), x)
-  params = maestro.from_torch(state, model, x)["params"]
-  layers = layers_of(model, x)
-
-  @jit
-  def again(params):
-    params = lowrank.decompose(params, [lowrank.Rule()], layers)
-    return lowrank.merge(params, layers)
-
-  close(again(params), params, 1e-4)

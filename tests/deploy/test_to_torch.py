@@ -1,0 +1,191 @@
+"""Exports as modules of PyTorch's: the same outputs, at every size."""
+
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import maestro
+from maestro import models, trees
+from maestro.deploy import export, network
+from maestro.errors import UserError
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+OPTIONS = export.Options(repeats=0, stablehlo=False, keep_statistics=True)
+SHORT = ((1, 8, 1, 1), (6, 16, 2, 2))  # stages of a MobileNetV2
+# name: (options, shape of an input)
+NETWORKS = {
+  "linear_map": ({"features": 6}, (9,)),
+  "mlp": ({"features": (16, 12)}, (4, 3, 2)),
+  "lenet": ({}, (28, 28, 1)),
+  "resnet18": ({"width": 4, "stage_sizes": (1, 1)}, (8, 8, 3)),
+  "resnet50": (
+    {"width": 4, "stage_sizes": (1, 1), "stem": "imagenet"},
+    (16, 16, 3),
+  ),
+  "resnext50_32x4d": (
+    {"width": 8, "stage_sizes": (1,), "groups": 2, "group_width": 4},
+    (16, 16, 3),
+  ),
+  "mobilenet_v2": ({"multiplier": 0.25, "stages": SHORT}, (16, 16, 3)),
+  "vgg19": ({"width": 4}, (32, 32, 3)),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, jit):
+  """Compiles quickly to slow code, also within the export."""
+  monkeypatch.setattr(jax, "jit", jit)
+
+
+def _run(name, classes=5):
+  """A run that was never trained: random factors, random statistics."""
+  options, shape = NETWORKS[name]
+  cls = models.MODELS[name]
+  classes = {"num_classes": classes} if name != "linear_map" else {}
+  model = cls(**options, **classes)
+  x = jax.ShapeDtypeStruct((1, *shape), "float32")
+  layers = maestro.layers(model, x)
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    noise = rng.standard_normal(leaf.shape).astype(np.float32)
+    if path[-1].key in ("scale", "var"):
+      return np.exp(0.3 * noise)
+    if path[-1].key == "kernel":
+      noise /= np.float32(np.sqrt(np.prod(leaf.shape[:-1]) / 2))
+    return noise
+
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  variables = jax.tree_util.tree_map_with_path(draw, shapes)
+  changes = {}
+  for path, spec in layers.items():
+    if spec.full_rank > 1:
+      node = dict(trees.get(variables["params"], path))
+      del node["kernel"]
+      u, v = map(rng.standard_normal, spec.factor_shapes(spec.full_rank))
+      node["u"] = (u / np.sqrt(spec.n_in)).astype(np.float32)
+      node["v"] = (v / np.sqrt(spec.full_rank)).astype(np.float32)
+      changes[path] = node
+  params = trees.replace(variables["params"], changes)
+  run = network.as_run(
+    model,
+    variables | {"params": params},
+    x,
+    settings=network.Settings(model={"name": name, **options}),
+  )
+  facts = dataclasses.replace(run.facts, num_classes=5)
+  return dataclasses.replace(run, facts=facts)
+
+
+def _sizes(run):
+  """All of it, a third, and that with a layer at rank 0."""
+  flat = trees.flatten_ranks(run.ranks)
+  third = {path: -(-rank // 3) for path, rank in flat.items()}
+  vanished = dict(third)
+  path = sorted(flat)[len(flat) // 2]
+  vanished[path] = np.zeros_like(flat[path])
+  trees_of = {"all": flat, "third": third, "vanished": vanished}
+  return [
+    export.Size(name, trees.unflatten_ranks(ranks))
+    for name, ranks in trees_of.items()
+  ]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """Returns get(name) -> the directory of an export of three sizes."""
+  made = {}
+
+  def get(name):
+    if name not in made:
+      run, out = _run(name), tmp_path_factory.mktemp("export") / name
+      export.export(
+        run, out, _sizes(run), options=OPTIONS, log=lambda line: None
+      )
+      made[name] = out
+    return made[name]
+
+  return get
+
+
+def _images(x):
+  """Arrays as PyTorch lays them out."""
+  x = np.moveaxis(x, -1, 1) if x.ndim == 4 else x
+  return torch.from_numpy(np.ascontiguousarray(x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_size_computes_the_same(name, exported, jit):
+  directory = exported(name)
+  shape = NETWORKS[name][1]
+  x = np.random.default_rng(1).standard_normal((3, *shape), np.float32)
+  seen = set()
+  for size in ("all", "third", "vanished"):
+    model, variables = maestro.load(directory, profile=size)
+    module = maestro.to_torch(directory, profile=size)
+    assert not module.training
+    kinds = {type(m) for m in module.modules() if not list(m.children())}
+    assert {k.__module__.partition(".")[0] for k in kinds} == {"torch"}
+    wanted = np.asarray(jit(lambda v, m=model: m.apply(v, x))(variables))
+    with torch.no_grad():
+      found = module(_images(x)).numpy()
+    gap = np.max(np.abs(found - wanted)) / (np.max(np.abs(wanted)) or 1.0)
+    assert gap <= 1e-5
+    example = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    again = maestro.from_torch(module.state_dict(), model, example)
+    factors = trees.factored(variables["params"])
+    seen |= {bool(factors)}
+    if size != "vanished":  # rank 0 is a component of zeros in PyTorch
+      jax.tree.map(np.testing.assert_array_equal, again, variables)
+    sizes = [sum(p.numel() for p in module.parameters())]
+    sizes += [sum(p.size for p in jax.tree.leaves(again["params"]))]
+    assert sizes[0] == sizes[1]
+  assert seen == {False, True}
+
+
+def test_budgets_are_those_of_load(exported):
+  directory = exported("lenet")
+  small, large = (
+    sum(p.numel() for p in maestro.to_torch(directory, **asked).parameters())
+    for asked in ({"budget": "params:0.6"}, {})
+  )
+  model, variables = maestro.load(directory, budget="params:0.6")
+  assert small == sum(p.size for p in jax.tree.leaves(variables["params"]))
+  assert small < large
+  with pytest.raises(UserError, match="holds no profile 'half'"):
+    maestro.to_torch(directory, profile="half")
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnext50_32x4d"])
+def test_a_module_is_exported_by_pytorch(name, exported):
+  module = maestro.to_torch(exported(name), profile="third")
+  rng = np.random.default_rng(2)
+  x = rng.standard_normal((4, *NETWORKS[name][1]), np.float32)
+  batch = torch.export.Dim("batch")
+  program = torch.export.export(
+    module, (_images(x[:2]),), dynamic_shapes=({0: batch},)
+  )
+  with torch.no_grad():
+    wanted = module(_images(x))
+    found = program.module()(_images(x))
+  assert torch.equal(found, wanted)
+
+
+def test_without_pytorch_the_remedy_is_told(exported, monkeypatch):
+  directory = exported("linear_map")
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(UserError, match="pip install torch"):
+    maestro.to_torch(directory)
+
+
+def test_a_network_of_the_users_own_is_refused(tmp_path):
+  run = dataclasses.replace(_run("linear_map"))
+  plain = network.as_run(run.model, {"params": run.params}, run.facts.example)
+  out = tmp_path / "own"
+  export.export(plain, out, options=OPTIONS, log=lambda line: None)
+  with pytest.raises(UserError, match="is not one of this maestro's"):
+    maestro.to_torch(out)
