@@ -180,18 +180,15 @@ def _modules(model: Any, inputs: Any) -> Iterator[_Module]:
     )
   x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   try:
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    layers = introspect.layers(model, x)
+    shapes, layers = shapes_of(model, x), introspect.layers(model, x)
   except (TypeError, ValueError) as error:
     raise WeightsError(
       f"inputs: {type(model).__name__} does not run on {x.shape}: {error}"
     ) from error
   leaves: dict[str, dict[str, tuple[int, ...]]] = {}
-  for tree in variables.values():
-    flat: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
-    for path, leaf in flat.items():
-      module, _, name = path.rpartition("/")
-      leaves.setdefault(module, {})[name] = leaf.shape
+  for path, leaf in shapes.items():
+    module, _, name = path.partition("/")[2].rpartition("/")
+    leaves.setdefault(module, {})[name] = leaf
   flattened, channels = names.flattened(model, shape) or ("", 1)
   for path in sorted(leaves):
     yield _Module(
@@ -201,6 +198,13 @@ def _modules(model: Any, inputs: Any) -> Iterator[_Module]:
       leaves[path],
       channels if path == flattened else 1,
     )
+
+
+def shapes_of(model: Any, x: Any) -> dict[str, tuple[int, ...]]:
+  """{"params/..." or "batch_stats/...": shape} of a network that is dense."""
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  flat: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
+  return {path: leaf.shape for path, leaf in flat.items()}
 
 
 _NORM = {

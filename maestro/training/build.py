@@ -22,7 +22,7 @@ from maestro.parallel.rules import Placement
 from maestro.runs import compiler
 from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
-from maestro.training import levels, losses, optim, start, translate
+from maestro.training import levels, losses, optim, start, stored, translate
 from maestro.training.accumulate import unrolls
 from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import (
@@ -326,6 +326,8 @@ def make_training(
   def initial() -> tuple[Tree, Tree]:
     if c.init_from is None:
       return random()
+    if c.init_from.endswith(stored.SUFFIX):
+      return stored.read(c.init_from, model, facts.example, layers)
     return start.trained(c.init_from, layers, shapes["params"])
 
   return Training(

@@ -136,7 +136,8 @@ class Config:
     threshold: components of lower importance are removed by shrinking.
     truncate: when factors are cut.
     full_pass: full-rank pass and distillation; None is off.
-    init_from: workdir of another run, whose newest checkpoint is the start.
+    init_from: workdir of another run, whose newest checkpoint is the start; or
+      a .safetensors file, see `training.stored`.
     checkpoint: how often, and how many.
     eval_every_epochs: evaluation on the validation split.
     eval_every: the same in any unit, in place of eval_every_epochs.
