@@ -91,7 +91,8 @@ def _mobilenet(model: MobileNetV2, path: str) -> str:
     return f"features.{index}.conv.{inner}"
   if plain == "classifier":
     return "classifier.1"
-  return f"features.{ {'stem': 0, 'head': len(growths) + 1}[plain] }.{norm}"
+  index = {"stem": 0, "head": len(growths) + 1}[plain]
+  return f"features.{index}.{norm}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +316,11 @@ def from_torch(
   """
   if isinstance(state_dict, str | os.PathLike):
     state_dict = read_file(state_dict)
+  elif not isinstance(state_dict, Mapping):
+    raise WeightsError(
+      f"state_dict: a {type(state_dict).__name__} is no mapping of names to"
+      " arrays; give module.state_dict(), or the path of a safetensors file"
+    )
   given = {k: x for k, x in state_dict.items() if not k.endswith(_COUNTER)}
   shapes = {k: getattr(x, "shape", None) for k, x in given.items()}
   shapes = {k: None if s is None else tuple(s) for k, s in shapes.items()}

@@ -431,6 +431,11 @@ def test_a_prefix_of_all_names_is_seen():
   assert "begin with" not in str(caught.value)
 
 
+def test_a_module_in_place_of_its_state_is_refused():
+  with pytest.raises(UserError, match=r"a list is no mapping.*state_dict\(\)"):
+    maestro.from_torch([np.ones(3)], NETWORKS["lenet"][0])
+
+
 def test_factors_must_fit_each_other():
   model, shape = NETWORKS["linear_map"]
   state = {"map.0.weight": np.ones((3, 7)), "map.1.weight": np.ones((5, 2))}

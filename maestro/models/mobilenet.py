@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from maestro import nn
+from maestro.errors import UserError
 from maestro.schema import Count, Positive, Range
 
 _CONV_INIT = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -113,6 +114,11 @@ class MobileNetV2(linen.Module):
 
   @linen.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    if any(len(stage) != 4 for stage in self.stages):
+      raise UserError(
+        f"config.model.stages: {self.stages}, but each stage is (expansion,"
+        " channels, blocks, stride)"
+      )
     layer = functools.partial(_conv_norm, train=train, dtype=self.dtype)
     width = _rounded(32 * self.multiplier)
     x = linen.relu6(layer(x, width, "stem", 3, 2))

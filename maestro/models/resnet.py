@@ -197,6 +197,11 @@ class ResNet50(ResNet18):
   def block(self, stage: int) -> Callable[..., linen.Module]:
     """Returns the block of a stage, counted from 0."""
     width = self.group_width or self.width // self.groups
+    if self.group_width is None and self.width % self.groups:
+      raise UserError(
+        f"config.model.groups: {self.groups} groups do not divide"
+        f" config.model.width={self.width}; set config.model.group_width"
+      )
     return functools.partial(
       Bottleneck,
       self.width * 4 * 2**stage,

@@ -36,7 +36,33 @@ NETWORKS = {
   "resnet18": ({"name": "resnet18", "width": 8}, (8, 8, 3), 10),
   "resnet34": ({"name": "resnet34", "width": 8}, (8, 8, 3), 10),
   "vgg19": ({"name": "vgg19", "width": 8}, (32, 32, 3), 10),
+  "resnet50": (
+    {"name": "resnet50", "width": 8, "stage_sizes": (1, 1)},
+    (16, 16, 3),
+    10,
+  ),
+  "resnext50_32x4d": (
+    {
+      "name": "resnext50_32x4d",
+      "width": 8,
+      "stage_sizes": (1, 1),
+      "groups": 2,
+    },
+    (16, 16, 3),
+    10,
+  ),
+  "mobilenet_v2": (
+    {
+      "name": "mobilenet_v2",
+      "multiplier": 0.25,
+      "stages": ((1, 16, 1, 1), (6, 24, 2, 2)),
+    },
+    (16, 16, 3),
+    10,
+  ),
 }
+# These take tens of seconds to compile; `test_to_torch` exports them, too.
+SLOW = {"resnet34", "resnet50", "resnext50_32x4d", "mobilenet_v2"}
 
 
 def _config(model, data, loss):
@@ -150,7 +176,8 @@ def cut(run, level):
   share = {"full": 1, "half": 2, "eighth": 8, "zero": 8}[level]
   new = {path: -(-r // share) for path, r in flat.items()}
   if level == "zero":
-    new[sorted(flat)[len(flat) // 2]] = 0
+    path = sorted(flat)[len(flat) // 2]
+    new[path] = np.zeros_like(flat[path])
   return packing.rank_tree(new)
 
 
@@ -162,8 +189,7 @@ def relative(found, expected):
 @pytest.mark.parametrize(
   "name",
   [
-    # The same layers as resnet18, more of them; half a minute of compiling.
-    pytest.param(name, marks=pytest.mark.slow) if name == "resnet34" else name
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
     for name in NETWORKS
   ],
 )

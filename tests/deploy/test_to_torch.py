@@ -1,6 +1,7 @@
 """Exports as modules of PyTorch's: the same outputs, at every size."""
 
 import dataclasses
+import pathlib
 import sys
 
 import jax
@@ -14,6 +15,7 @@ from maestro.errors import UserError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+ROOT = pathlib.Path(__file__).parents[2]
 OPTIONS = export.Options(repeats=0, stablehlo=False, keep_statistics=True)
 SHORT = ((1, 8, 1, 1), (6, 16, 2, 2))  # stages of a MobileNetV2
 # name: (options, shape of an input)
@@ -168,20 +170,22 @@ def test_every_size_computes_the_same(name, exported, jit, close, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(NETWORKS.keys() - QUICK))
 def test_every_network_is_one_of_layers_as_large_as_its_weights(name):
-  run = _run(name)
-  state = pytorch.to_state_dict(
-    run.model,
-    {"params": run.params, "batch_stats": run.batch_stats},
-    run.facts.example,
-  )
+  options, shape = NETWORKS[name]
+  model = models.MODELS[name](num_classes=5, **options)
+  x = jax.ShapeDtypeStruct((1, *shape), "float32")
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  variables = jax.tree.map(lambda leaf: np.ones(leaf.shape), variables)
+  state = pytorch.to_state_dict(model, variables, x)
+  shapes = {key: x.shape for key, x in state.items()}
   with torch.device("meta"):
-    module = torch_networks.network(
-      run.model, {key: x.shape for key, x in state.items()}
+    module = torch_networks.network(model, shapes)
+    assert module(_images(np.ones(x.shape, np.float32)).to("meta")).shape == (
+      1,
+      5,
     )
-    y = module(_images(np.ones(run.facts.example.shape, np.float32)).to("meta"))
-  assert y.shape == (1, 6 if name == "linear_map" else 5)
-  found = {k: v.shape for k, v in module.state_dict().items() if v.ndim}
-  assert found == {key: x.shape for key, x in state.items()}
+  state = module.state_dict()
+  counters = {key for key in state if key.endswith("num_batches_tracked")}
+  assert {k: v.shape for k, v in state.items() if k not in counters} == shapes
 
 
 def test_budgets_are_those_of_load(exported):
@@ -195,8 +199,8 @@ def test_budgets_are_those_of_load(exported):
     maestro.to_torch(directory, profile="half")
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnext50_32x4d"])
-def test_a_module_is_exported_by_pytorch(name, exported):
+def test_a_module_is_exported_by_pytorch(exported):
+  name = "resnext50_32x4d"
   module = maestro.to_torch(exported(name), profile="third")
   rng = np.random.default_rng(2)
   x = rng.standard_normal((4, *NETWORKS[name][1]), np.float32)
@@ -208,6 +212,20 @@ def test_a_module_is_exported_by_pytorch(name, exported):
     wanted = module(_images(x))
     found = program.module()(_images(x))
   assert torch.equal(found, wanted)
+
+
+def test_what_the_documentation_shows_runs(exported, monkeypatch):
+  text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+  code = text.partition("## In PyTorch")[2].split("```python\n")[1]
+  code = code.split("```")[0].replace("macs:0.4", "macs:0.9")
+  directory = exported("lenet")
+  monkeypatch.chdir(directory.parent)
+  names = {"images": torch.ones(2, 1, 28, 28)}
+  exec(code.replace("lenet_any", directory.name), names)
+  assert names["logits"].shape == (2, 5)
+  assert torch.equal(
+    names["program"].module()(names["images"]), names["logits"]
+  )
 
 
 def test_without_pytorch_the_remedy_is_told(exported, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from maestro import introspect as nn
 from maestro import lowrank, models, products, trees
 from maestro.cost.count import count_cost
+from maestro.errors import UserError
 from maestro.lowrank import Rule
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -69,8 +70,23 @@ def test_networks_cost_what_is_published(model, params, gmacs):
   assert cost.macs == _jaxpr_macs(model, variables, x)
 
 
-@pytest.mark.parametrize("fraction", [0.5, 0.25, 0.1])
-@pytest.mark.parametrize("name", IMAGENET)
+@pytest.mark.parametrize(
+  ("name", "fraction"),
+  [
+    ("resnet50", 0.5),
+    ("resnext50_32x4d", 0.25),
+    ("mobilenet_v2", 0.1),
+    *(
+      pytest.param(name, fraction, marks=pytest.mark.slow)
+      for name, fractions in (
+        ("resnet50", (0.25, 0.1)),
+        ("resnext50_32x4d", (0.5, 0.1)),
+        ("mobilenet_v2", (0.5, 0.25)),
+      )
+      for fraction in fractions
+    ),
+  ],
+)
 def test_factored_networks_cost_what_a_trace_of_them_says(name, fraction):
   model = IMAGENET[name]
   layers, variables, x = _abstract(model, 224)
@@ -251,3 +267,15 @@ def test_half_precision_keeps_parameters_whole(name):
   y, changed = jax.eval_shape(apply, variables, x)
   assert y.dtype == jnp.bfloat16 and y.shape == (2, 7)
   assert changed["batch_stats"] == variables["batch_stats"]
+
+
+@pytest.mark.parametrize(
+  ("model", "match"),
+  [
+    (models.ResNet50(7, width=8, groups=3), r"model\.groups: 3 .*group_width"),
+    (models.MobileNetV2(7, stages=((1, 8, 1),)), r"model\.stages: .*stride"),
+  ],
+)
+def test_options_that_make_no_network_are_refused(model, match):
+  with pytest.raises(UserError, match=match):
+    _abstract(model, 32)
