@@ -35,8 +35,7 @@ NETWORKS = {
     models.MobileNetV2(5, multiplier=0.25, stages=SHORT),
     (32, 32, 3),
   ),
-  "vgg19": (models.VGG19(5, width=2), (32, 32, 3)),
-  "vgg19_imagenet": (models.VGG19(5, width=1, hidden=(6, 7)), (224, 224, 3)),
+  "vgg19": (models.VGG19(5, width=1, hidden=(6, 7)), (224, 224, 3)),
 }
 
 

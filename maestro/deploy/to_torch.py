@@ -11,7 +11,7 @@ from maestro.deploy import artifact
 from maestro.errors import UserError
 
 if TYPE_CHECKING:
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
 
 def to_torch(
@@ -43,7 +43,7 @@ def to_torch(
     WeightsError: the network has no form in PyTorch.
   """
   try:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
   except ImportError as error:
     raise UserError(
       "maestro.to_torch needs PyTorch, which is not installed: pip install"

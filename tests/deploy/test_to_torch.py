@@ -10,7 +10,7 @@ import pytest
 
 import maestro
 from maestro import models, pytorch, trees
-from maestro.deploy import artifact, export, network, torch_networks, verify
+from maestro.deploy import artifact, export, network, verify
 from maestro.errors import UserError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -170,6 +170,8 @@ def test_every_size_computes_the_same(name, exported, jit, close, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(NETWORKS.keys() - QUICK))
 def test_every_network_is_one_of_layers_as_large_as_its_weights(name):
+  from maestro.deploy import torch_networks  # needs PyTorch
+
   options, shape = NETWORKS[name]
   model = models.MODELS[name](num_classes=5, **options)
   x = jax.ShapeDtypeStruct((1, *shape), "float32")
