@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -38,7 +38,12 @@ def path_of(module: nn.Module) -> str:
   return "/".join(module.path)
 
 
-def _is_factored(module: nn.Module) -> bool:
+# Of a rank that lies among its layer's parameters, as `maestro.adapt` puts it
+# there: whatever transform passes on the parameters passes it on, too.
+RANK = "maestro_rank"
+
+
+def is_factored(module: nn.Module) -> bool:
   return module.has_variable("params", "u")
 
 
@@ -57,6 +62,8 @@ def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
       f"layer {path_of(module)!r} holds `u` but no `v`; factors come in pairs"
     )
   rank = module.get_variable("ranks", "rank")
+  if rank is None:
+    rank = module.get_variable("params", RANK)
   if rank is None:
     _check_not_lost(module)
     return u, v, None
@@ -117,22 +124,31 @@ class Dense(nn.Dense):
 
   @nn.compact
   def __call__(self, inputs: Leaf) -> jax.Array:
-    if not _is_factored(self):
-      return super().__call__(inputs)
-    _refuse(self, "dot_general", "dot_general_cls")
-    u, v, rank = _factors(self)
-    dense = self.has_variable("params", "kernel")
-    x, u, v, bias = _promoted(self, inputs, u, v, _bias(self, dense))
-    y = ops.lowrank_dot(
-      x,
-      u,
-      v,
-      rank,
-      bias=bias,
-      precision=self.precision,
-      implementation=self.implementation,
-    )
-    return y + super().__call__(inputs) if dense else y
+    return dense(self, super().__call__, inputs)
+
+
+def dense(module: nn.Dense, call: Callable, inputs: Leaf) -> jax.Array:
+  """Runs a Dense on factors if it holds some, else by `call`, as Flax does."""
+  if not is_factored(module):
+    return call(inputs)
+  _refuse(module, "dot_general", "dot_general_cls")
+  u, v, rank = _factors(module)
+  summed = module.has_variable("params", "kernel")
+  x, u, v, bias = _promoted(module, inputs, u, v, _bias(module, summed))
+  y = ops.lowrank_dot(
+    x,
+    u,
+    v,
+    rank,
+    bias=bias,
+    precision=module.precision,
+    implementation=_implementation(module),
+  )
+  return y + call(inputs) if summed else y
+
+
+def _implementation(module: nn.Module) -> str | None:
+  return getattr(module, "implementation", None)
 
 
 class DenseGeneral(nn.DenseGeneral):
@@ -142,40 +158,47 @@ class DenseGeneral(nn.DenseGeneral):
 
   @nn.compact
   def __call__(self, inputs: Leaf) -> jax.Array:
-    if not _is_factored(self):
-      return super().__call__(inputs)
-    _refuse(self, "dot_general", "dot_general_cls")
-    u, v, rank = _factors(self)
-    dense = self.has_variable("params", "kernel")
-    x, u, v, bias = _promoted(self, inputs, u, v, _bias(self, dense))
-    axis, batch = general_axes(self, inputs.ndim)
-    rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
-    n = len(batch)
-    x = jnp.transpose(x, (*batch, *rest, *axis))
-    shape = x.shape[: n + len(rest)]
-    outputs = v.shape[n + 1 :]
-    n_in, n_out = math.prod(u.shape[n:-1]), math.prod(outputs)
-    x = x.reshape((*shape, n_in))
-    u = u.reshape((*u.shape[:n], n_in, u.shape[-1]))  # no -1: R may be 0
-    v = v.reshape((*v.shape[: n + 1], n_out))
+    return dense_general(self, super().__call__, inputs)
 
-    def dot(x, u, v, rank):
-      return ops.lowrank_dot(
-        x,
-        u,
-        v,
-        rank,
-        precision=self.precision,
-        implementation=self.implementation,
-      )
 
-    for _ in batch:
-      dot = jax.vmap(dot, in_axes=(0, 0, 0, None if rank is None else 0))
-    y = dot(x, u, v, rank).reshape((*shape, *outputs))
-    if bias is not None:
-      ones = (1,) * len(rest)
-      y += bias.reshape((*bias.shape[:n], *ones, *outputs))
-    return y + super().__call__(inputs) if dense else y
+def dense_general(
+  module: nn.DenseGeneral, call: Callable, inputs: Leaf
+) -> jax.Array:
+  """Runs a DenseGeneral on factors if it holds some, else by `call`."""
+  if not is_factored(module):
+    return call(inputs)
+  _refuse(module, "dot_general", "dot_general_cls")
+  u, v, rank = _factors(module)
+  summed = module.has_variable("params", "kernel")
+  x, u, v, bias = _promoted(module, inputs, u, v, _bias(module, summed))
+  axis, batch = general_axes(module, inputs.ndim)
+  rest = [a for a in range(x.ndim) if a not in axis and a not in batch]
+  n = len(batch)
+  x = jnp.transpose(x, (*batch, *rest, *axis))
+  shape = x.shape[: n + len(rest)]
+  outputs = v.shape[n + 1 :]
+  n_in, n_out = math.prod(u.shape[n:-1]), math.prod(outputs)
+  x = x.reshape((*shape, n_in))
+  u = u.reshape((*u.shape[:n], n_in, u.shape[-1]))  # no -1: R may be 0
+  v = v.reshape((*v.shape[: n + 1], n_out))
+
+  def dot(x, u, v, rank):
+    return ops.lowrank_dot(
+      x,
+      u,
+      v,
+      rank,
+      precision=module.precision,
+      implementation=_implementation(module),
+    )
+
+  for _ in batch:
+    dot = jax.vmap(dot, in_axes=(0, 0, 0, None if rank is None else 0))
+  y = dot(x, u, v, rank).reshape((*shape, *outputs))
+  if bias is not None:
+    ones = (1,) * len(rest)
+    y += bias.reshape((*bias.shape[:n], *ones, *outputs))
+  return y + call(inputs) if summed else y
 
 
 def general_axes(module: nn.DenseGeneral, ndim: int):
@@ -203,57 +226,63 @@ class Conv(nn.Conv):
 
   @nn.compact
   def __call__(self, inputs: Leaf) -> jax.Array:
-    if not _is_factored(self):
-      return super().__call__(inputs)
-    _refuse(self, "conv_general_dilated_cls")
-    if self.conv_general_dilated is not ops.convolution:
-      _refuse(self, "conv_general_dilated")
-    u, v, rank = _factors(self)
-    dense = self.has_variable("params", "kernel")
-    groups = self.feature_group_count
-    if self.mask is not None:
-      u, v = self._masked_product(u, v, rank)
-      rank, groups = None, 1
-      if dense:
-        raise LowRankError(
-          f"layer {path_of(self)!r}: a mask on kernel + u @ v is not supported"
-        )
-    x, u, v, bias = _promoted(self, inputs, u, v, _bias(self, dense))
-    window = window_of(self)
-    n = len(window)
-    batch = x.shape[: x.ndim - n - 1]
-    x = x.reshape((-1, *x.shape[len(batch) :]))
-    dilation = per_axis(self.kernel_dilation, n)
-    x, padding = pad_input(x, self.padding, window, dilation)
-    y = ops.lowrank_conv(
-      x,
-      u,
-      v,
-      rank,
-      strides=per_axis(self.strides, n),
-      padding=padding,
-      input_dilation=per_axis(self.input_dilation, n),
-      kernel_dilation=dilation,
-      groups=groups,
-      bias=bias,
-      precision=self.precision,
-      implementation=self.implementation,
-    )
-    y = y.reshape((*batch, *y.shape[1:]))
-    return y + super().__call__(inputs) if dense else y
+    return conv(self, super().__call__, inputs)
 
-  def _masked_product(self, u, v, rank):
-    """Returns factors (masked kernel, identity) of an ungrouped layer."""
-    if self.feature_group_count > 1:
+
+def conv(module: nn.Conv, call: Callable, inputs: Leaf) -> jax.Array:
+  """Runs a Conv on factors if it holds some, else by `call`, as Flax does."""
+  if not is_factored(module):
+    return call(inputs)
+  _refuse(module, "conv_general_dilated_cls")
+  if module.conv_general_dilated is not ops.convolution:
+    _refuse(module, "conv_general_dilated")
+  u, v, rank = _factors(module)
+  summed = module.has_variable("params", "kernel")
+  groups = module.feature_group_count
+  if module.mask is not None:
+    u, v = _masked_product(module, u, v, rank)
+    rank, groups = None, 1
+    if summed:
       raise LowRankError(
-        f"layer {path_of(self)!r}: a mask on a grouped, factored convolution is"
-        " not supported; keep the layer dense (Rule(..., decompose=False))"
+        f"layer {path_of(module)!r}: a mask on kernel + u @ v is not supported"
       )
-    if rank is not None:
-      u = trees.mask_factor(u, "u", rank)
-      v = trees.mask_factor(v, "v", rank)
-    kernel = jnp.dot(u, v, precision=self.precision) * jnp.asarray(self.mask)
-    return kernel, jnp.eye(self.features, dtype=kernel.dtype)
+  x, u, v, bias = _promoted(module, inputs, u, v, _bias(module, summed))
+  window = window_of(module)
+  n = len(window)
+  batch = x.shape[: x.ndim - n - 1]
+  x = x.reshape((-1, *x.shape[len(batch) :]))
+  dilation = per_axis(module.kernel_dilation, n)
+  x, padding = pad_input(x, module.padding, window, dilation)
+  y = ops.lowrank_conv(
+    x,
+    u,
+    v,
+    rank,
+    strides=per_axis(module.strides, n),
+    padding=padding,
+    input_dilation=per_axis(module.input_dilation, n),
+    kernel_dilation=dilation,
+    groups=groups,
+    bias=bias,
+    precision=module.precision,
+    implementation=_implementation(module),
+  )
+  y = y.reshape((*batch, *y.shape[1:]))
+  return y + call(inputs) if summed else y
+
+
+def _masked_product(module: nn.Conv, u, v, rank):
+  """Returns factors (masked kernel, identity) of an ungrouped layer."""
+  if module.feature_group_count > 1:
+    raise LowRankError(
+      f"layer {path_of(module)!r}: a mask on a grouped, factored convolution is"
+      " not supported; keep the layer dense (Rule(..., decompose=False))"
+    )
+  if rank is not None:
+    u = trees.mask_factor(u, "u", rank)
+    v = trees.mask_factor(v, "v", rank)
+  kernel = jnp.dot(u, v, precision=module.precision) * jnp.asarray(module.mask)
+  return kernel, jnp.eye(module.features, dtype=kernel.dtype)
 
 
 def window_of(module: nn.Conv) -> tuple[int, ...]:
@@ -287,44 +316,62 @@ class Embed(nn.Embed):
 
   implementation: str | None = None
 
-  # Flax's Embed makes its table in `setup`, where only `param` can be used.
-  # Here the table is looked up when needed, so that factors can replace it.
   def setup(self):
-    if not _is_factored(self) or self.has_variable("params", "embedding"):
-      super().setup()
-
-  def _masked_factors(self):
-    u, v, rank = _factors(self)
-    if rank is not None:
-      u = trees.mask_factor(u, "u", rank)
-      v = trees.mask_factor(v, "v", rank)
-    return u, v
+    embed_setup(self, super().setup)
 
   def __call__(self, inputs: Leaf) -> jax.Array:
-    if not _is_factored(self):
-      return super().__call__(inputs)
-    if not jnp.issubdtype(inputs.dtype, jnp.integer):
-      raise ValueError("Input type must be an integer or unsigned integer.")
-    u, v = self._masked_factors()
-    u, v = _promoted(self, u, v, inexact=False)
-    if self.num_embeddings == 1:
-      rows = jnp.broadcast_to(u, (*inputs.shape, u.shape[-1]))
-    else:
-      rows = jnp.take(u, inputs, axis=0)
-    y = jnp.dot(rows, v)
-    if self.has_variable("params", "embedding"):
-      y += super().__call__(inputs)
-    return y
+    return embed(self, super().__call__, inputs)
 
   def attend(self, query: Leaf) -> jax.Array:
-    if not _is_factored(self):
-      return super().attend(query)
-    u, v = self._masked_factors()
-    x, u, v = _promoted(self, query, u, v)
-    y = jnp.dot(jnp.dot(x, v.T), u.T)
-    if self.has_variable("params", "embedding"):
-      y += super().attend(query)
-    return y
+    return attend(self, super().attend, query)
+
+
+def embed_setup(module: nn.Embed, call: Callable) -> None:
+  """Makes the table by `call`, unless factors replace it.
+
+  Flax's Embed makes its table in `setup`, where only `param` can be used. Here
+  the table is looked up when needed, so that factors can replace it.
+  """
+  if not is_factored(module) or module.has_variable("params", "embedding"):
+    call()
+
+
+def _masked_factors(module: nn.Embed):
+  u, v, rank = _factors(module)
+  if rank is not None:
+    u = trees.mask_factor(u, "u", rank)
+    v = trees.mask_factor(v, "v", rank)
+  return u, v
+
+
+def embed(module: nn.Embed, call: Callable, inputs: Leaf) -> jax.Array:
+  """Looks rows up in factors if an Embed holds some, else by `call`."""
+  if not is_factored(module):
+    return call(inputs)
+  if not jnp.issubdtype(inputs.dtype, jnp.integer):
+    raise ValueError("Input type must be an integer or unsigned integer.")
+  u, v = _masked_factors(module)
+  u, v = _promoted(module, u, v, inexact=False)
+  if module.num_embeddings == 1:
+    rows = jnp.broadcast_to(u, (*inputs.shape, u.shape[-1]))
+  else:
+    rows = jnp.take(u, inputs, axis=0)
+  y = jnp.dot(rows, v)
+  if module.has_variable("params", "embedding"):
+    y += call(inputs)
+  return y
+
+
+def attend(module: nn.Embed, call: Callable, query: Leaf) -> jax.Array:
+  """Multiplies with the table of an Embed, or its factors, transposed."""
+  if not is_factored(module):
+    return call(query)
+  u, v = _masked_factors(module)
+  x, u, v = _promoted(module, query, u, v)
+  y = jnp.dot(jnp.dot(x, v.T), u.T)
+  if module.has_variable("params", "embedding"):
+    y += call(query)
+  return y
 
 
 def max_pool(x: jax.Array, window: int) -> jax.Array:
