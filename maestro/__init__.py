@@ -1,6 +1,7 @@
 """Trainable low-rank decompositions: layers that find their own ranks."""
 
 from maestro import nn, ops, sampling
+from maestro.adapt import factored
 from maestro.cost.count import Cost, LayerCost, count_cost
 from maestro.deploy.artifact import load, load_stablehlo
 from maestro.deploy.to_torch import to_torch
@@ -34,6 +35,7 @@ __all__ = [
   "count_cost",
   "decompose",
   "extract",
+  "factored",
   "from_torch",
   "full_ranks",
   "group_lasso",

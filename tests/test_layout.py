@@ -96,6 +96,7 @@ ROOMS = (
   ),
   *(
     "nn",
+    "adapt",
     "products",
     "introspect",
     "taps",

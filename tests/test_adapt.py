@@ -1,0 +1,597 @@
+"""Unmodified Flax models on factors: equal to mask, merge and the model."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+import maestro
+from maestro import Rule, lowrank, trees
+from maestro.products import products
+
+# ---------------------------------------------------------------------------
+# Models as others write them, small
+# ---------------------------------------------------------------------------
+
+
+class ResNetBlock(nn.Module):
+  filters: int
+  conv: Any
+  norm: Any
+  strides: tuple[int, int] = (1, 1)
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.relu(self.norm()(self.conv(self.filters, (3, 3), self.strides)(x)))
+    y = self.conv(self.filters, (3, 3))(y)
+    y = self.norm(scale_init=nn.initializers.constant(0.5))(y)
+    if x.shape != y.shape:
+      x = self.conv(self.filters, (1, 1), self.strides, name="proj")(x)
+      x = self.norm(name="norm_proj")(x)
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """With batch norm over the axis of a vmap or pmap."""
+
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    conv = functools.partial(nn.Conv, use_bias=False)
+    norm = functools.partial(
+      nn.BatchNorm, use_running_average=not train, axis_name=self.axis_name
+    )
+    x = nn.relu(norm(name="bn_init")(conv(4, (3, 3), name="conv_init")(x)))
+    x = ResNetBlock(4, conv, norm)(x)
+    x = ResNetBlock(6, conv, norm, (2, 2))(x)
+    return nn.Dense(5)(jnp.mean(x, axis=(1, 2)))
+
+
+class Encoder(nn.Module):
+  latents: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Dense(9, name="fc1")(x))
+    return (
+      nn.Dense(self.latents, name="fc2_mean")(x),
+      nn.Dense(self.latents, name="fc2_logvar")(x),
+    )
+
+
+class Decoder(nn.Module):
+  @nn.compact
+  def __call__(self, z):
+    z = nn.relu(nn.Dense(9, name="fc1")(z))
+    return nn.Dense(7, name="fc2")(z)
+
+
+class VAE(nn.Module):
+  """With a stream of random numbers, `setup`, and another method."""
+
+  latents: int = 4
+
+  def setup(self):
+    self.encoder = Encoder(self.latents)
+    self.decoder = Decoder()
+
+  def __call__(self, x, z_rng):
+    mean, logvar = self.encoder(x)
+    noise = jax.random.normal(self.make_rng("noise"), mean.shape)
+    noise += jax.random.normal(z_rng, logvar.shape)
+    return self.decoder(mean + noise * jnp.exp(0.5 * logvar)), mean, logvar
+
+  def generate(self, z):
+    return nn.sigmoid(self.decoder(z))
+
+
+class ActorCritic(nn.Module):
+  """Returns log-probabilities and a value."""
+
+  @nn.compact
+  def __call__(self, x):
+    dtype = jnp.float32
+    x = x.astype(dtype) / 255.0
+    x = nn.relu(
+      nn.Conv(6, (4, 4), strides=(2, 2), name="conv1", dtype=dtype)(x)
+    )
+    x = nn.relu(nn.Dense(8, name="hidden", dtype=dtype)(x.reshape(len(x), -1)))
+    logits = nn.Dense(3, name="logits", dtype=dtype)(x)
+    return nn.log_softmax(logits), nn.Dense(1, name="value", dtype=dtype)(x)
+
+
+class DecoderCell(nn.RNNCellBase):
+  """Feeds its own prediction back where no token is given."""
+
+  @nn.compact
+  def __call__(self, carry, x):
+    lstm_state, last = carry
+    x = jnp.where(x.sum(-1, keepdims=True) > 0, x, last)
+    lstm_state, y = nn.LSTMCell(5, name="cell")(lstm_state, x)
+    logits = nn.Dense(x.shape[-1], name="projection")(y)
+    return (lstm_state, jax.nn.softmax(logits)), (logits, y)
+
+
+class Seq2seq(nn.Module):
+  """Two RNNs; the second's cell is a module of its own."""
+
+  @nn.compact
+  def __call__(self, x, y):
+    cell = nn.OptimizedLSTMCell(5, name="encoder")
+    encoder = nn.RNN(cell, return_carry=True)
+    state, _ = encoder(x, seq_lengths=jnp.array([4, 3]))
+    decoder = nn.RNN(
+      DecoderCell(name="decoder"), split_rngs={"params": False, "lstm": True}
+    )
+    return decoder(y[:, :-1], initial_carry=(state, y[:, 0]))
+
+
+class TransformerBlock(nn.Module):
+  cross: bool = False
+
+  @nn.compact
+  def __call__(self, x, encoded=None):
+    attention = functools.partial(
+      nn.MultiHeadDotProductAttention, 2, deterministic=True
+    )
+    mask = nn.make_causal_mask(x[..., 0]) if self.cross else None
+    x = x + attention(name="attention")(nn.LayerNorm()(x), mask=mask)
+    if self.cross:
+      x = x + attention(name="cross")(nn.LayerNorm()(x), encoded, encoded)
+    y = nn.Dense(12, name="up")(nn.LayerNorm()(x))
+    return x + nn.Dense(8, name="down")(nn.gelu(y))
+
+
+class Transformer(nn.Module):
+  """An encoder and a decoder, of one embedding or two."""
+
+  tied: bool
+
+  def setup(self):
+    self.source = nn.Embed(11, 8)
+    self.target = self.source if self.tied else nn.Embed(11, 8)
+    self.encoder = [TransformerBlock() for _ in range(2)]
+    self.decoder = TransformerBlock(cross=True)
+    if not self.tied:
+      self.head = nn.Dense(11)
+
+  def encode(self, tokens):
+    x = self.source(tokens)
+    for block in self.encoder:
+      x = block(x)
+    return x
+
+  def __call__(self, source, target):
+    x = self.decoder(self.target(target), self.encode(source))
+    return self.target.attend(x / np.sqrt(8)) if self.tied else self.head(x)
+
+
+class PartitionedLayer(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    split = nn.with_logical_partitioning
+    init = nn.initializers.lecun_normal()
+    y = nn.DenseGeneral(
+      (12,), kernel_init=split(init, ("embed", "mlp")), name="up"
+    )(nn.LayerNorm()(x))
+    y = nn.with_logical_constraint(nn.gelu(y), ("batch", "length", "mlp"))
+    y = nn.DenseGeneral(
+      8, kernel_init=split(init, ("mlp", "embed")), name="down"
+    )(y)
+    return x + y, None
+
+
+class PartitionedDecoder(nn.Module):
+  """Names the axes of its parameters, that of its scan, too."""
+
+  @nn.compact
+  def __call__(self, tokens):
+    init = nn.with_partitioning(nn.initializers.normal(0.3), ("vocab", "embed"))
+    embed = nn.Embed(9, 8, embedding_init=init, name="embed")
+    layers = nn.scan(
+      PartitionedLayer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=2,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    x, _ = layers(name="layers")(embed(tokens), None)
+    return embed.attend(x)
+
+
+class ViTBlock(nn.Module):
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, _):
+    y = nn.LayerNorm()(x)
+    x = x + nn.MultiHeadDotProductAttention(2, name="attention")(y, y)
+    y = nn.gelu(nn.Dense(12, name="up")(nn.LayerNorm()(x)))
+    y = nn.Dropout(0.1, deterministic=not self.train)(y)
+    return x + nn.Dense(8, name="down")(y), None
+
+
+class ViT(nn.Module):
+  """Blocks that are scanned and recomputed, with dropout."""
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    x = nn.Conv(8, (2, 2), strides=(2, 2), padding="VALID", name="embedding")(x)
+    x = x.reshape(x.shape[0], -1, 8)
+    x = x + self.param("pos", nn.initializers.normal(0.2), (1, *x.shape[1:]))
+    blocks = nn.scan(
+      nn.remat(ViTBlock, prevent_cse=False),
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      length=2,
+    )
+    x, _ = blocks(train, name="blocks")(x, None)
+    return nn.Dense(5, name="head")(x.mean(axis=1))
+
+
+class Mixer(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(6, (2, 2), strides=(2, 2), name="stem")(x)
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    y = jnp.swapaxes(nn.LayerNorm()(x), 1, 2)
+    y = nn.gelu(nn.Dense(5, name="mix_in")(y))
+    x = x + jnp.swapaxes(nn.Dense(x.shape[1], name="mix_out")(y), 1, 2)
+    return nn.Dense(4, name="head")(jnp.mean(x, axis=1))
+
+
+class Ensemble(nn.Module):
+  """Members with parameters of their own, and one network that they share."""
+
+  @nn.compact
+  def __call__(self, x):
+    own = nn.vmap(
+      nn.Dense,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=None,
+      axis_size=3,
+    )
+    shared = nn.vmap(
+      nn.Dense, variable_axes={"params": None}, split_rngs={"params": False}
+    )
+    y = shared(5, name="shared")(nn.tanh(own(6, name="own")(x)))
+    return jnp.mean(y, axis=0)
+
+
+class StdConv(nn.Conv):
+  """Standardises its weights, as Big Transfer does."""
+
+  def param(self, name, *args, **kwargs):
+    w = super().param(name, *args, **kwargs)
+    if name != "kernel":
+      return w
+    w = w - jnp.mean(w, axis=(0, 1, 2), keepdims=True)
+    return w / (jnp.std(w, axis=(0, 1, 2), keepdims=True) + 1e-5)
+
+
+class BiT(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.GroupNorm(2)(StdConv(4, (3, 3), name="root")(x))
+    x = StdConv(6, (1, 1), name="block")(nn.relu(x))
+    return nn.Dense(5, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+class ConvLSTM(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    y = nn.RNN(nn.ConvLSTMCell(4, (2, 2), name="cell"))(x)
+    y = nn.RNN(nn.GRUCell(3, name="gru"))(y.reshape(*y.shape[:2], -1))
+    return nn.RNN(nn.MGUCell(3, name="mgu"), reverse=True)(y)
+
+
+class Doubled(nn.Dense):
+  """Does something before and after the layer."""
+
+  def __call__(self, inputs):
+    return 2 * super().__call__(inputs[..., ::-1])
+
+
+class Mixed(nn.Module):
+  """Layers of ours and of Flax, subclasses, and what is not factored."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(6, (3,), feature_group_count=2, name="grouped")(x)
+    x = nn.ConvTranspose(6, (3,), name="transposed")(x)
+    x = nn.Einsum((6, 6), "btd,df->btf", name="einsum")(x)
+    twice = maestro.nn.Dense(6, name="ours")
+    x = nn.relu(twice(nn.relu(twice(inputs=x))))
+    x = nn.jit(Doubled)(6, name="doubled")(inputs=x)
+    weight = self.param("raw", nn.initializers.lecun_normal(), (6, 6))
+    x = nn.relu(jnp.einsum("btd,df->btf", x, weight))
+    return nn.Sequential([nn.DenseGeneral((2, 3), name="general"), nn.tanh])(x)
+
+
+# ---------------------------------------------------------------------------
+# Cases
+# ---------------------------------------------------------------------------
+
+
+def _numbers(*shape):
+  rng = np.random.default_rng(shape)
+  return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+TOKENS = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+  """A model, how it is called, and what of it can be factored.
+
+  Attributes:
+    model: as it is.
+    inputs: of the model; those with axis 0 of 2 are a batch.
+    factored: paths of the layers that are factored.
+    dense: of those that are counted, but stay dense.
+    rules: what is decomposed.
+    options: of `apply`, as keyword arguments.
+    rngs: names of streams of random numbers.
+  """
+
+  model: nn.Module
+  inputs: tuple
+  factored: tuple[str, ...]
+  dense: tuple[str, ...] = ()
+  rules: tuple[Rule, ...] = (Rule(),)
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rngs: tuple[str, ...] = ()
+
+  @functools.cached_property
+  def adapted(self):
+    return maestro.factored(self.model)
+
+  @functools.cached_property
+  def layers(self):
+    return maestro.layers(self.adapted, *self.inputs, **self.options)
+
+  @functools.cached_property
+  def variables(self):
+    init = functools.partial(self.adapted.init, **self.options)
+    shapes = jax.eval_shape(init, self.keys, *self.inputs)
+    return jax.tree.map(
+      lambda x: (
+        _numbers(*x.shape) / x.shape[-2] ** 0.5
+        if x.ndim > 1
+        else 1 + 0.1 * _numbers(*x.shape)
+      ),
+      shapes,
+    )
+
+  @property
+  def keys(self):
+    names = ("params", *self.rngs)
+    return {name: jax.random.key(i) for i, name in enumerate(names)}
+
+  @functools.cached_property
+  def params(self):
+    dense = self.variables["params"]
+    return jax.jit(lambda p: lowrank.decompose(p, self.rules, self.layers))(
+      dense
+    )
+
+  @functools.cached_property
+  def full(self):
+    return lowrank.full_ranks(self.params, self.layers)
+
+  @functools.cached_property
+  def half(self):
+    """Ranks about half, which differ where they are stacked."""
+    return jax.tree.map(
+      lambda r: (r + np.arange(r.size, dtype=np.int32).reshape(r.shape)) // 2,
+      self.full,
+    )
+
+  def outputs(self, model, params, ranks=None):
+    variables = {**self.variables, "params": params}
+    if ranks is not None:
+      variables["ranks"] = ranks
+    keys = {"rngs": self.keys} if self.rngs else {}
+    return model.apply(variables, *self.inputs, **keys, **self.options)
+
+  def loss(self, *args):
+    """(a function of all outputs, the outputs) of a model."""
+    outputs = self.outputs(*args)
+    total = sum(
+      jnp.sum(jnp.cos(jnp.arange(y.size).reshape(y.shape)) * y + y * y)
+      for y in jax.tree.leaves(outputs)
+    )
+    return total, outputs
+
+
+ATTENTION = ("key", "out", "query", "value")
+
+
+def _under(path, *names):
+  return tuple(f"{path}/{name}" for name in names)
+
+
+def _gates(path, gates):
+  return _under(path, *(f"{k}{g}" for k in "ih" for g in gates))
+
+
+def _transformer(tied):
+  blocks = ("encoder_0", "encoder_1", "decoder")
+  inner = [f"{b}/attention" for b in blocks] + ["decoder/cross"]
+  found = [path for a in inner for path in _under(a, *ATTENTION)]
+  found += [path for b in blocks for path in _under(b, "up", "down")]
+  found += ["source"] if tied else ["source", "target", "head"]
+  inputs = (TOKENS, TOKENS[:, ::-1])
+  return Foreign(Transformer(tied), inputs, tuple(found), tuple(inner))
+
+
+FOREIGN = {
+  "resnet": Foreign(
+    ResNet("batch"),
+    (_numbers(2, 6, 6, 3),),
+    (
+      *("Dense_0", "conv_init", "ResNetBlock_1/proj"),
+      *(f"ResNetBlock_{i}/Conv_{j}" for i in (0, 1) for j in (0, 1)),
+    ),
+    options={"train": False},
+  ),
+  "vae": Foreign(
+    VAE(),
+    (_numbers(2, 7), jax.random.key(5)),
+    (
+      *_under("encoder", "fc1", "fc2_mean", "fc2_logvar"),
+      *_under("decoder", "fc1", "fc2"),
+    ),
+    rngs=("noise",),
+  ),
+  "actor_critic": Foreign(
+    ActorCritic(),
+    (jnp.arange(144, dtype=jnp.uint8).reshape(2, 6, 6, 2),),
+    ("conv1", "hidden", "logits"),
+    ("value",),
+  ),
+  "seq2seq": Foreign(
+    Seq2seq(),
+    (_numbers(2, 4, 6), jnp.abs(_numbers(2, 5, 6))),
+    (
+      *_gates("encoder", "ifgo"),
+      *_gates("decoder/cell", "ifgo"),
+      "decoder/projection",
+    ),
+    rngs=("lstm",),
+  ),
+  "transformer_tied": _transformer(True),
+  "transformer": _transformer(False),
+  "partitioned": Foreign(
+    PartitionedDecoder(), (TOKENS,), ("embed", "layers/up", "layers/down")
+  ),
+  "vit": Foreign(
+    ViT(),
+    (_numbers(2, 4, 4, 3),),
+    (
+      *("embedding", "head", "blocks/up", "blocks/down"),
+      *_under("blocks/attention", *ATTENTION),
+    ),
+    ("blocks/attention",),
+    options={"train": True},
+    rngs=("dropout",),
+  ),
+  "mixer": Foreign(
+    Mixer(), (_numbers(2, 4, 4, 3),), ("stem", "mix_in", "mix_out", "head")
+  ),
+  "ensemble": Foreign(Ensemble(), (_numbers(2, 7),), ("own", "shared")),
+  "bit": Foreign(
+    BiT(),
+    (_numbers(2, 5, 5, 3),),
+    ("head",),
+    ("root", "block"),
+    rules=(Rule("root|block", decompose=False), Rule()),
+  ),
+  "conv_lstm": Foreign(
+    ConvLSTM(),
+    (_numbers(2, 3, 3, 3, 2),),
+    ("cell/ih", "cell/hh", *_gates("gru", "rzn"), *_gates("mgu", "fn")),
+  ),
+  "mixed": Foreign(
+    Mixed(),
+    (_numbers(2, 5, 6),),
+    ("grouped", "ours", "doubled", "general"),
+    ("", "transposed", "einsum"),
+  ),
+}
+
+
+@pytest.fixture(params=FOREIGN.values(), ids=FOREIGN.keys())
+def foreign(request):
+  return request.param
+
+
+@pytest.fixture
+def close_to(close):
+  """Compares the values in trees, boxed or not."""
+  return lambda a, b, t=1e-5: close(meta.unbox(a), meta.unbox(b), t)
+
+
+# ---------------------------------------------------------------------------
+# Equalities
+# ---------------------------------------------------------------------------
+
+
+def _counts(foreign, params):
+  """Checks the count of MACs against the products in the jaxpr."""
+  found = products(
+    lambda params: foreign.outputs(foreign.adapted, params),
+    (params,),
+    [False] * len(jax.tree.leaves(params)),
+  )
+  counted = maestro.count_cost(foreign.layers, params).macs
+  assert sum(product.real for product in found) == 2 * counted  # two examples
+  assert counted > 0
+
+
+def test_what_can_be_factored_is_listed_and_all_is_counted(foreign):
+  resolved = lowrank.resolve(foreign.rules, foreign.layers)
+  assert {p for p, r in resolved.items() if r} == set(foreign.factored)
+  assert {p for p, r in resolved.items() if not r} == set(foreign.dense)
+  held = trees.factored(foreign.params, foreign.layers)
+  assert held.keys() == set(foreign.factored)
+  _counts(foreign, foreign.variables["params"])
+  _counts(foreign, foreign.params)
+
+
+def test_ranks_are_mask_merge_and_the_model(foreign, jit, close_to):
+  """Values and gradients, at ranks that are traced: one compilation."""
+  traces = []
+
+  @jit
+  def adapted(params, ranks):
+    traces.append(1)
+    loss = lambda p: foreign.loss(foreign.adapted, p, ranks)  # noqa: E731
+    return jax.grad(loss, has_aux=True)(params)
+
+  @jit
+  def plain(params, ranks):
+    def loss(params):
+      masked = lowrank.mask(params, ranks)
+      return foreign.loss(foreign.model, lowrank.merge(masked, foreign.layers))
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  sampled = maestro.sampling.one_layer(jax.random.key(1), foreign.half)
+  for ranks in (foreign.full, foreign.half, sampled):
+    grads, y = adapted(foreign.params, ranks)
+    wanted_grads, wanted = plain(foreign.params, ranks)
+    close_to(y, wanted)
+    close_to(grads, wanted_grads, 2e-5)
+    close_to(grads, lowrank.mask(grads, ranks), 0.0)  # zero beyond the rank
+  assert len(traces) == 1
+
+
+def test_what_is_extracted_is_the_same_function_and_counts(
+  foreign, jit, close_to
+):
+  ranks = maestro.shrink(foreign.params, foreign.half, threshold=0.3)
+  small = maestro.extract(foreign.params, ranks, foreign.layers)
+  run = jit(functools.partial(foreign.outputs, foreign.adapted))
+  close_to(run(small), run(foreign.params, ranks))
+  _counts(foreign, small)
+  cost = maestro.count_cost(foreign.layers, small)
+  leaves = jax.tree.leaves(small)
+  assert cost.params == sum(x.size for x in leaves)
+
+
+def test_every_rank_is_read(foreign):
+  variables = {**foreign.variables, "params": foreign.params}
+  keys = {"rngs": foreign.keys} if foreign.rngs else {}
+  args = (foreign.adapted, variables, foreign.half, *foreign.inputs)
+  maestro.check_ranks(*args, **keys, **foreign.options)
