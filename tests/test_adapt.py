@@ -50,7 +50,6 @@ class ResNet(nn.Module):
       nn.BatchNorm, use_running_average=not train, axis_name=self.axis_name
     )
     x = nn.relu(norm(name="bn_init")(conv(4, (3, 3), name="conv_init")(x)))
-    x = ResNetBlock(4, conv, norm)(x)
     x = ResNetBlock(6, conv, norm, (2, 2))(x)
     return nn.Dense(5)(jnp.mean(x, axis=(1, 2)))
 
@@ -119,6 +118,10 @@ class DecoderCell(nn.RNNCellBase):
     logits = nn.Dense(x.shape[-1], name="projection")(y)
     return (lstm_state, jax.nn.softmax(logits)), (logits, y)
 
+  @property
+  def num_feature_axes(self):
+    return 1
+
 
 class Seq2seq(nn.Module):
   """Two RNNs; the second's cell is a module of its own."""
@@ -158,7 +161,7 @@ class Transformer(nn.Module):
   def setup(self):
     self.source = nn.Embed(11, 8)
     self.target = self.source if self.tied else nn.Embed(11, 8)
-    self.encoder = [TransformerBlock() for _ in range(2)]
+    self.encoder = [TransformerBlock()]
     self.decoder = TransformerBlock(cross=True)
     if not self.tied:
       self.head = nn.Dense(11)
@@ -426,7 +429,7 @@ def _gates(path, gates):
 
 
 def _transformer(tied):
-  blocks = ("encoder_0", "encoder_1", "decoder")
+  blocks = ("encoder_0", "decoder")
   inner = [f"{b}/attention" for b in blocks] + ["decoder/cross"]
   found = [path for a in inner for path in _under(a, *ATTENTION)]
   found += [path for b in blocks for path in _under(b, "up", "down")]
@@ -440,8 +443,8 @@ FOREIGN = {
     ResNet("batch"),
     (_numbers(2, 6, 6, 3),),
     (
-      *("Dense_0", "conv_init", "ResNetBlock_1/proj"),
-      *(f"ResNetBlock_{i}/Conv_{j}" for i in (0, 1) for j in (0, 1)),
+      *("Dense_0", "conv_init"),
+      *_under("ResNetBlock_0", "Conv_0", "Conv_1", "proj"),
     ),
     options={"train": False},
   ),
@@ -546,11 +549,13 @@ def test_what_can_be_factored_is_listed_and_all_is_counted(foreign):
   held = trees.factored(foreign.params, foreign.layers)
   assert held.keys() == set(foreign.factored)
   _counts(foreign, foreign.variables["params"])
-  _counts(foreign, foreign.params)
 
 
 def test_ranks_are_mask_merge_and_the_model(foreign, jit, close_to):
-  """Values and gradients, at ranks that are traced: one compilation."""
+  """Values and gradients, at ranks that are traced: one compilation.
+
+  Then what is extracted: its values, and its costs.
+  """
   traces = []
 
   @jit
@@ -567,27 +572,27 @@ def test_ranks_are_mask_merge_and_the_model(foreign, jit, close_to):
 
     return jax.grad(loss, has_aux=True)(params)
 
-  sampled = maestro.sampling.one_layer(jax.random.key(1), foreign.half)
-  for ranks in (foreign.full, foreign.half, sampled):
+  shrunk = maestro.shrink(foreign.params, foreign.half, threshold=0.3)
+  sampled = maestro.sampling.one_layer(jax.random.key(1), shrunk)
+  for ranks in (foreign.full, foreign.half, sampled, shrunk):
     grads, y = adapted(foreign.params, ranks)
     wanted_grads, wanted = plain(foreign.params, ranks)
     close_to(y, wanted)
-    close_to(grads, wanted_grads, 2e-5)
+    close_to(_joined(grads), _joined(wanted_grads))
     close_to(grads, lowrank.mask(grads, ranks), 0.0)  # zero beyond the rank
   assert len(traces) == 1
 
-
-def test_what_is_extracted_is_the_same_function_and_counts(
-  foreign, jit, close_to
-):
-  ranks = maestro.shrink(foreign.params, foreign.half, threshold=0.3)
-  small = maestro.extract(foreign.params, ranks, foreign.layers)
+  small = maestro.extract(foreign.params, shrunk, foreign.layers)
   run = jit(functools.partial(foreign.outputs, foreign.adapted))
-  close_to(run(small), run(foreign.params, ranks))
+  close_to(run(small), y)
   _counts(foreign, small)
   cost = maestro.count_cost(foreign.layers, small)
-  leaves = jax.tree.leaves(small)
-  assert cost.params == sum(x.size for x in leaves)
+  assert cost.params == sum(x.size for x in jax.tree.leaves(small))
+
+
+def _joined(tree):
+  """All numbers of a tree, to be compared by the largest of them."""
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
 def test_every_rank_is_read(foreign):
