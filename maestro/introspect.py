@@ -123,6 +123,7 @@ class _Use:
     batched: whether all of its inputs can have the batch as axis 0.
     altered: whether its kernel is changed before it is multiplied.
     masked: whether that is by a mask of its own, which its factors have too.
+    outside: whether another module multiplies by its kernel.
   """
 
   spec: LayerSpec | None
@@ -132,6 +133,7 @@ class _Use:
   batched: bool = True
   altered: bool = False
   masked: bool = False
+  outside: bool = False
 
 
 _MARK = "maestro_use_"
@@ -190,6 +192,7 @@ def _uses(model: nn.Module, variables: Any, inputs: Any) -> dict[str, _Use]:
       kernels[i] = "/".join(names[1:-1])
   tracked = range(len(jax.tree.leaves((variables, arrays))))
   tracked = [i in kernels for i in tracked]
+  outside: set[str] = set()
   for product in products(apply, (variables, arrays), tracked):
     marks = re.findall(rf"{_MARK}(\d+)\.", product.scope)
     path = paths[int(marks[-1])] if marks else ""
@@ -198,6 +201,10 @@ def _uses(model: nn.Module, variables: Any, inputs: Any) -> dict[str, _Use]:
     use.real += product.real
     use.rows += product.rows
     use.altered |= path in {kernels[i] for i in product.changed}
+    # By another module, which finds no kernel in a factored layer.
+    outside.update({kernels[i] for i in product.same} - {path})
+  for path in outside & uses.keys():
+    uses[path].outside = True
   return uses
 
 
@@ -252,7 +259,7 @@ def layers(model: nn.Module, *inputs: Any, **kwargs: Any):
         spec,
         positions=macs // max(size, 1),
         lookups=rows // max(math.prod(spec.lead) * spec.n_out, 1),
-        altered=use.altered and not use.masked,
+        altered=(use.altered and not use.masked) or use.outside,
       )
   return found
 

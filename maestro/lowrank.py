@@ -84,9 +84,9 @@ def resolve(
   is made: it has nothing to decompose.
 
   Raises:
-    LowRankError: a rule decides for no layer, is no regular expression, or
-      asks for an impossible rank, or selects a layer whose kernel the model
-      changes before it uses it.
+    LowRankError: a rule decides for no layer, or for none of which there are
+      factors; is no regular expression; asks for an impossible rank; or selects
+      a layer whose kernel the model uses in another way than the layer does.
   """
   patterns = []
   for rule in rules:
@@ -109,13 +109,22 @@ def resolve(
     if spec.altered:
       raise LowRankError(
         f"layer {path!r}: the model changes its kernel before it multiplies by"
-        " it (as weight standardisation, WeightNorm and SpectralNorm do), which"
-        " would be lost on factors; keep it dense by an earlier rule:"
+        " it (as weight standardisation, WeightNorm and SpectralNorm do), or"
+        " multiplies by it outside of the layer (instead of `Embed.attend`),"
+        " which would be lost on factors; keep it dense by an earlier rule:"
         f" Rule({re.escape(path)!r}, decompose=False)"
       )
     if rule.rank is not None:
       check_rank(rule.rank, spec.full_rank, path)
     chosen[path] = spec.full_rank if rule.rank is None else rule.rank
+  for rule in rules:
+    paths = [path for path in layers if re.fullmatch(rule.path, path)]
+    others = all(layers[path].kind == "other" for path in paths)
+    if paths and others and rule.decompose:
+      raise LowRankError(
+        f"rule {rule.path!r} matches only {sorted(paths)}, which multiply but"
+        " cannot be factored; leave the rule out"
+      )
   if not all(used):
     rule = rules[used.index(False)]
     shadowed = any(re.fullmatch(rule.path, path) for path in layers)

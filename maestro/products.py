@@ -35,6 +35,7 @@ class Product:
       convolution does.
     rows: numbers that are looked up; 0 for a product.
     changed: arguments that were changed before they were multiplied.
+    same: arguments that were multiplied, or looked up, as they are.
   """
 
   scope: str
@@ -42,6 +43,7 @@ class Product:
   real: int
   rows: int
   changed: frozenset[int]
+  same: frozenset[int]
 
 
 def products(
@@ -81,12 +83,11 @@ def _walk(
     here = f"{scope}/{eqn.source_info.name_stack}"
     outputs = [_NONE] * len(eqn.outvars)
     if (macs := _macs(eqn)) is not None:
-      changed = frozenset(i for o in inputs for i, new in o if new)
-      found.append(Product(here, times * macs[0], times * macs[1], 0, changed))
+      used = _used(inputs)
+      found.append(Product(here, times * macs[0], times * macs[1], 0, *used))
     elif name == "gather":
       rows = math.prod(eqn.outvars[0].aval.shape)
-      changed = frozenset(i for i, new in inputs[0] if new)
-      found.append(Product(here, 0, 0, times * rows, changed))
+      found.append(Product(here, 0, 0, times * rows, *_used(inputs[:1])))
     elif inner := _inner(eqn):
       outputs = _calls(eqn, inner, inputs, here, times, found)
     elif name in _SAME:
@@ -96,6 +97,15 @@ def _walk(
       outputs = [every] * len(outputs)
     known.update(zip(eqn.outvars, outputs, strict=True))
   return [origin(atom) for atom in jaxpr.outvars]
+
+
+def _used(inputs: Sequence[Origins]) -> tuple[frozenset[int], frozenset[int]]:
+  """Arguments that were changed, and that were not."""
+  each = [
+    frozenset(i for o in inputs for i, new in o if new == changed)
+    for changed in (True, False)
+  ]
+  return each[0], each[1]
 
 
 def _inner(eqn: Any) -> list[Any]:

@@ -37,7 +37,8 @@ class LayerSpec:
       multiply-accumulates themselves.
     lookups: how many embeddings one example looks up.
     altered: whether the model changes the kernel before it multiplies by it
-      (standardised or normalised weights), which factors cannot follow.
+      (standardised or normalised weights), or multiplies by it outside of the
+      layer (`x @ embed.embedding.T`), which factors cannot follow.
   """
 
   kind: str
