@@ -63,8 +63,9 @@ def factored(model: Any) -> Any:
   up to the rounding of an `OptimizedLSTMCell`, which runs as the `LSTMCell` of
   the same parameters, so that its eight layers are layers.
 
-  `maestro.layers` of the result lists what can be factored. A method has to be
-  called of the result itself: a submodule of a bound one does not know of it.
+  `maestro.layers` of the result lists what can be factored. Of a bound result,
+  call methods, not submodules: `bound.encoder(x)` does not know of factors,
+  `model.apply(variables, x, method=lambda m, x: m.encoder(x))` does.
 
   Args:
     model: a Flax Linen module that is not bound, or a class of such, to be
@@ -100,11 +101,19 @@ def factored(model: Any) -> Any:
 @functools.cache
 def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
   """Makes the subclass, each method of which is mapped and then intercepted."""
-  if getattr(cls, "is_factored_model", False):
+  if hasattr(cls, "call_on_factors"):
     return cls
-  names = _methods(cls)
+
+  def call_on_factors(self, function, *args, **kwargs):
+    return function(self, *args, **kwargs)
+
+  head = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+  base = type(
+    cls.__name__, (cls,), {**head, "call_on_factors": call_on_factors}
+  )
+  names = _methods(base)
   mapped = nn.map_variables(
-    cls,
+    base,
     ("params", "ranks"),
     trans_in_fn=_insert_ranks,
     trans_out_fn=_remove_ranks,
@@ -112,9 +121,19 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
     methods=names,
   )
   methods = {name: _intercepted(getattr(mapped, name)) for name in names}
-  head = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-  head["is_factored_model"] = True
-  return type(f"Factored{cls.__name__}", (mapped,), head | methods)
+
+  @nn.nowrap
+  def apply(self, variables, *args, method=None, **kwargs):
+    function = getattr(method, "__func__", method)
+    if callable(function) and function not in methods.values():
+      # Of the model that was given, or of a module in general.
+      def method(module, *args, **kwargs):
+        return module.call_on_factors(function, *args, **kwargs)
+
+    return mapped.apply(self, variables, *args, method=method, **kwargs)
+
+  body = {**head, **methods, "apply": apply}
+  return type(f"Factored{cls.__name__}", (mapped,), body)
 
 
 def _methods(cls: type[nn.Module]) -> list[str]:

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import meta
+from flax.core import FrozenDict, meta
 
 import maestro
 from maestro import Rule, lowrank, trees
 from maestro.products import products
+from maestro.trees import LowRankError
 
 # ---------------------------------------------------------------------------
 # Models as others write them, small
@@ -327,7 +328,14 @@ class Mixed(nn.Module):
 
 def _numbers(*shape):
   rng = np.random.default_rng(shape)
-  return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+
+def _filled(x):
+  """Numbers of which a layer's outputs are about as large as its inputs."""
+  rng = np.random.default_rng(x.shape)
+  y = rng.standard_normal(x.shape, np.float32)
+  return jnp.asarray(y / x.shape[-2] ** 0.5 if x.ndim > 1 else 1 + 0.1 * y)
 
 
 TOKENS = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
@@ -367,14 +375,7 @@ class Foreign:
   def variables(self):
     init = functools.partial(self.adapted.init, **self.options)
     shapes = jax.eval_shape(init, self.keys, *self.inputs)
-    return jax.tree.map(
-      lambda x: (
-        _numbers(*x.shape) / x.shape[-2] ** 0.5
-        if x.ndim > 1
-        else 1 + 0.1 * _numbers(*x.shape)
-      ),
-      shapes,
-    )
+    return jax.tree.map(_filled, shapes)
 
   @property
   def keys(self):
@@ -383,10 +384,12 @@ class Foreign:
 
   @functools.cached_property
   def params(self):
-    dense = self.variables["params"]
-    return jax.jit(lambda p: lowrank.decompose(p, self.rules, self.layers))(
-      dense
+    """Of the shapes of decomposed ones, since to compile SVDs takes long."""
+    shapes = jax.eval_shape(
+      lambda p: lowrank.decompose(p, self.rules, self.layers),
+      self.variables["params"],
     )
+    return jax.tree.map(_filled, shapes)
 
   @functools.cached_property
   def full(self):
@@ -396,7 +399,9 @@ class Foreign:
   def half(self):
     """Ranks about half, which differ where they are stacked."""
     return jax.tree.map(
-      lambda r: (r + np.arange(r.size, dtype=np.int32).reshape(r.shape)) // 2,
+      lambda r: jnp.asarray(
+        (np.array(r) + np.arange(r.size).reshape(r.shape)) // 2, jnp.int32
+      ),
       self.full,
     )
 
@@ -600,3 +605,296 @@ def test_every_rank_is_read(foreign):
   keys = {"rngs": foreign.keys} if foreign.rngs else {}
   args = (foreign.adapted, variables, foreign.half, *foreign.inputs)
   maestro.check_ranks(*args, **keys, **foreign.options)
+
+
+# ---------------------------------------------------------------------------
+# As a module
+# ---------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+  """Of one function of (module, input)."""
+
+  function: Any
+
+  @nn.compact
+  def __call__(self, x):
+    return self.function(x)
+
+
+X = _numbers(2, 6)
+ALL = (Rule(),)
+
+
+def _decomposed(model, x=X, rules=ALL):
+  """(layers, dense parameters, decomposed ones, ranks of 2) of a model."""
+  layers = maestro.layers(model, x)
+  dense = jax.tree.map(_filled, jax.eval_shape(model.init, KEY, x)["params"])
+  params = maestro.decompose(dense, rules, layers)
+  ranks = maestro.full_ranks(params, layers)
+  return layers, dense, params, jax.tree.map(lambda r: 0 * r + 2, ranks)
+
+
+KEY = jax.random.key(0)
+
+
+def test_dense_it_is_the_model_with_its_random_numbers():
+  model, inputs = ViT(), (_numbers(2, 4, 4, 3),)
+  keys = {"params": KEY, "dropout": jax.random.key(1)}
+
+  @jax.jit
+  def run(keys):
+    return [
+      m.init_with_output(keys, *inputs, train=True)
+      for m in (model, maestro.factored(model))
+    ]
+
+  plain, adapted = run(keys)
+  jax.tree.map(np.testing.assert_array_equal, plain, adapted)
+
+
+def test_a_decomposed_model_is_the_model(close):
+  model = maestro.factored(Net(lambda x: nn.Dense(3)(nn.Dense(5)(x))))
+  _, dense, params, _ = _decomposed(model)
+  close(model.apply({"params": params}, X), model.apply({"params": dense}, X))
+
+
+def test_it_is_one_class_with_the_models_fields_and_signature():
+  model = maestro.factored(VAE(latents=3))
+  assert isinstance(model, VAE)
+  assert model.latents == 3
+  assert model == maestro.factored(VAE(3))
+  assert hash(model) == hash(maestro.factored(VAE(3)))
+  assert type(maestro.factored(model)) is type(model)
+  assert maestro.introspect.mode(maestro.factored(ViT()), train=True) == {
+    "train": True
+  }
+
+
+def test_other_methods_and_bound_modules_read_factors(close):
+  foreign = FOREIGN["vae"]
+  variables = {"params": foreign.params, "ranks": foreign.half}
+  masked = {"params": lowrank.mask(foreign.params, foreign.half)}
+  merged = {"params": lowrank.merge(masked["params"], foreign.layers)}
+  z = _numbers(2, 4)
+  wanted = foreign.model.apply(merged, z, method="generate")
+  adapted = foreign.adapted
+  close(adapted.apply(variables, z, method="generate"), wanted)
+  for method in (VAE.generate, foreign.model.generate, adapted.generate):
+    close(adapted.apply(variables, z, method=method), wanted)
+  close(
+    adapted.apply(variables, z, method=lambda m, z: nn.sigmoid(m.decoder(z))),
+    wanted,
+  )
+  close(adapted.bind(variables).generate(z), wanted)
+
+
+def test_it_can_be_a_module_within_another(close):
+  """Of a class, which takes its ranks below its own path."""
+
+  def function(x):
+    return nn.Dense(4, name="head")(maestro.factored(nn.Dense)(5, name="in")(x))
+
+  model = Net(function)
+  adapted = maestro.factored(model)
+  layers, _, params, ranks = _decomposed(adapted, rules=(Rule("in"),))
+  variables = {"params": params, "ranks": ranks}
+  wanted = {"params": maestro.merge(maestro.mask(params, ranks), layers)}
+  close(model.apply(variables, X), model.apply(wanted, X))
+  close(adapted.apply(variables, X), model.apply(wanted, X))
+
+
+def test_mutable_parameters_come_back_as_they_went_in():
+  model = maestro.factored(Net(lambda x: nn.BatchNorm(False)(nn.Dense(5)(x))))
+  _, _, params, ranks = _decomposed(model)
+  stats = {"BatchNorm_0": {"mean": jnp.zeros(5), "var": jnp.ones(5)}}
+  variables = {"params": params, "ranks": ranks, "batch_stats": stats}
+  y, state = model.apply(variables, X, mutable=True)
+  assert state.keys() == variables.keys()
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    {k: state[k] for k in ("params", "ranks")},
+    {"params": params, "ranks": ranks},
+  )
+  again, state = model.apply(variables, X, mutable=["batch_stats"])
+  np.testing.assert_array_equal(again, y)
+  assert state.keys() == {"batch_stats"}
+
+
+def test_frozen_half_precision_parameters(close):
+  model = maestro.factored(
+    Net(lambda x: nn.Dense(5, dtype=jnp.bfloat16, name="fc")(x))
+  )
+  layers, _, params, ranks = _decomposed(model)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  y = model.apply(FrozenDict(params=params, ranks=ranks), X)
+  assert y.dtype == jnp.bfloat16
+  masked = maestro.mask(FrozenDict(params), ranks)
+  wanted = model.apply({"params": maestro.merge(masked, layers)}, X)
+  close(y, wanted, 2e-2)
+
+
+def test_a_kernel_beside_factors_is_added_once(close):
+  model = maestro.factored(
+    Net(lambda x: maestro.nn.Dense(5, name="b")(nn.Dense(4, name="a")(x)))
+  )
+  layers, dense, params, ranks = _decomposed(model)
+  summed = {p: {**dense[p], **params[p]} for p in params}
+  wanted = maestro.merge(maestro.mask(summed, ranks), layers)
+  close(
+    model.apply({"params": summed, "ranks": ranks}, X),
+    model.apply({"params": wanted}, X),
+  )
+
+
+def test_batch_norm_over_an_axis_of_vmap(close):
+  """Training, statistics and all, as replicas do it."""
+  foreign = FOREIGN["resnet"]
+  x = _numbers(3, 2, 6, 6, 3)
+
+  def run(model, params, ranks=None):
+    variables = {**foreign.variables, "params": params}
+    variables |= {} if ranks is None else {"ranks": ranks}
+    apply = functools.partial(model.apply, variables, mutable=["batch_stats"])
+    return jax.vmap(apply, axis_name="batch")(x)
+
+  masked = lowrank.mask(foreign.params, foreign.half)
+  wanted = run(foreign.model, lowrank.merge(masked, foreign.layers))
+  close(run(foreign.adapted, foreign.params, foreign.half), wanted, 5e-5)
+
+
+# ---------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------
+
+
+class OwnEinsum(nn.Dense):
+  """Multiplies by its kernel in its own way."""
+
+  @nn.compact
+  def __call__(self, inputs):
+    init = nn.initializers.lecun_normal()
+    shape = (inputs.shape[-1], self.features)
+    return jnp.einsum("bi,io->bo", inputs, self.param("kernel", init, shape))
+
+
+class OwnFactors(nn.Dense):
+  """Names its own parameters as factors are named."""
+
+  @nn.compact
+  def __call__(self, inputs):
+    u = self.param("u", nn.initializers.ones, (6, 1))
+    v = self.param("v", nn.initializers.ones, (1, self.features))
+    return super().__call__(inputs) + inputs @ u @ v
+
+
+def _tied(x):
+  embed = nn.Embed(6, 6, name="embed")
+  return embed(jnp.arange(2)) @ embed.embedding.T + x
+
+
+def _read(x):
+  layer = nn.Dense(6, name="layer")
+  return layer(x) @ layer.variables["params"]["kernel"]
+
+
+@pytest.mark.parametrize(
+  ("function", "path"),
+  [
+    (lambda x: OwnEinsum(4, name="own")(x), "own"),
+    (lambda x: nn.Dense(4, dot_general=jax.lax.dot_general, name="d")(x), "d"),
+  ],
+)
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_layer_that_cannot_follow_is_refused_by_name(function, path, summed):
+  model = maestro.factored(Net(function))
+  _, dense, params, ranks = _decomposed(model)
+  if summed:  # its kernel is there, and its factors would be forgotten
+    params = {path: {**dense[path], **params[path]}}
+  for variables in ({}, {"ranks": ranks}):
+    with pytest.raises(LowRankError, match=f"layer '{path}'.*dense"):
+      model.apply({"params": params, **variables}, X)
+  rules = [Rule(path, decompose=False)]
+  layers = maestro.layers(model, X)
+  assert maestro.decompose(dense, rules, layers) == dense
+  model.apply({"params": dense}, X)
+
+
+@pytest.mark.parametrize(
+  ("function", "path"),
+  [
+    (lambda x: StdConv(4, (1,), name="std")(x[:, None]), "std"),
+    (
+      lambda x: nn.WeightNorm(nn.Dense(4, name="norm"))(x),
+      "norm",
+    ),
+    (
+      lambda x: nn.SpectralNorm(nn.Dense(4, name="s"))(x, update_stats=False),
+      "s",
+    ),
+    (_tied, "embed"),
+    (_read, "layer"),
+  ],
+)
+def test_a_kernel_that_is_used_otherwise_is_refused_by_name(function, path):
+  model = maestro.factored(Net(lambda x: nn.Dense(3)(function(x))))
+  with pytest.raises(LowRankError, match=f"layer '{path}'.*decompose=False"):
+    _decomposed(model)
+  _decomposed(model, rules=(Rule(path, decompose=False), Rule()))
+
+
+@pytest.mark.parametrize(
+  ("function", "path", "message"),
+  [
+    (_tied, "embed", r"\['embed'\].*outside.*Rule\('embed', decompose=False"),
+    (_read, "layer", "reads 'kernel' out of the parameters.*decompose=False"),
+  ],
+)
+def test_a_weight_that_is_read_outside_is_explained(function, path, message):
+  model = maestro.factored(Net(function))
+  params = {path: {"u": jnp.ones((6, 2)), "v": jnp.ones((2, 6))}}
+  if path == "layer":
+    params[path]["bias"] = jnp.ones(6)
+  with pytest.raises(LowRankError, match=message):
+    model.apply({"params": params}, X)
+
+
+def test_own_parameters_of_the_same_names_are_refused():
+  model = maestro.factored(Net(lambda x: OwnFactors(4, name="own")(x)))
+  with pytest.raises(LowRankError, match=r"'own'.*OwnFactors.*`u` of its own"):
+    maestro.layers(model, X)
+
+
+def test_a_rule_that_only_matches_what_is_not_factorable_says_so():
+  model = maestro.factored(
+    Net(lambda x: nn.Dense(3)(nn.Einsum((6, 4), "bi,io->bo", name="e")(x)))
+  )
+  with pytest.raises(LowRankError, match=r"'e'.*cannot be factored"):
+    _decomposed(model, rules=(Rule("e"), Rule()))
+  _decomposed(model, rules=(Rule("e", decompose=False), Rule()))
+
+
+@pytest.mark.parametrize(
+  ("ranks", "message"),
+  [
+    ({"elsewhere": {"rank": 1}}, "'elsewhere' has no factors"),
+    ({"Dense_0": {"rank": 7}}, r"rank 7 is outside \[0, 5\]"),
+    ({"Dense_0": {"rank": 1.5}}, "not an integer"),
+    ({"Dense_0": {"rank": jnp.ones(3, jnp.int32)}}, r"rank of shape \(3,\)"),
+    ({"Dense_0": {"ranks": 1}}, "unexpected leaf 'ranks'"),
+  ],
+)
+def test_ranks_that_do_not_fit_are_errors(ranks, message):
+  model = maestro.factored(Net(lambda x: nn.Dense(5)(x)))
+  _, _, params, _ = _decomposed(model)
+  with pytest.raises(LowRankError, match=message):
+    model.apply({"params": params, "ranks": ranks}, X)
+
+
+def test_what_is_no_free_module_is_refused():
+  with pytest.raises(LowRankError, match=r"Linen module.*got .*nnx"):
+    maestro.factored(lambda x: x)
+  with pytest.raises(LowRankError, match=r"maestro.factored\(Dense\)"):
+    Net(lambda x: maestro.factored(nn.Dense(4))(x)).init(KEY, X)
+  with pytest.raises(LowRankError, match="belongs to no other"):
+    maestro.factored(nn.Dense(4).bind({}))
