@@ -1,0 +1,48 @@
+"""docs/your_model.md: the code runs, in order, and does what is said."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+DOC = pathlib.Path(__file__).parents[1] / "docs" / "your_model.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
+
+
+@pytest.fixture(scope="module")
+def names():
+  names = {}
+  for code in BLOCKS:
+    exec(compile(code, DOC.name, "exec"), names)
+  return names
+
+
+def test_the_way_in_is_three_lines_and_the_loop_forty():
+  way_in, _, loop = BLOCKS
+  *_, last = way_in.strip().split("\n\n")
+  assert last.count("\n") == 2
+  assert [line.split(" = ")[0] for line in last.split("\n")] == [
+    *("model", "layers", "params")
+  ]
+  assert len([line for line in loop.splitlines() if line.strip()]) <= 40
+
+
+def test_the_loop_learns_and_shrinks(names):
+  assert names["loss"] < 1.2  # of log(4) at random
+  macs = names["cost"].macs, names["dense"].macs
+  assert 0 < macs[0] < macs[1]
+
+
+def test_the_small_network_is_the_one_at_its_ranks(names):
+  maestro, model, tokens = names["maestro"], names["model"], names["tokens"]
+  variables = {"params": names["params"], "ranks": names["ranks"]}
+  np.testing.assert_allclose(
+    names["logits"], model.apply(variables, tokens), rtol=1e-4, atol=1e-5
+  )
+  sizes = [x.size for x in jax.tree.leaves(names["small"])]
+  assert names["cost"].params == sum(sizes) < names["dense"].params
+  maestro.check_ranks(
+    model, {"params": names["params"]}, names["ranks"], tokens
+  )
