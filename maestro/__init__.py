@@ -4,6 +4,7 @@ from maestro import nn, ops, sampling
 from maestro.adapt import factored
 from maestro.cost.count import Cost, LayerCost, count_cost
 from maestro.deploy.artifact import load, load_stablehlo
+from maestro.deploy.functions import export_model
 from maestro.deploy.to_torch import to_torch
 from maestro.errors import UserError
 from maestro.introspect import check_ranks, layers
@@ -34,6 +35,7 @@ __all__ = [
   "check_ranks",
   "count_cost",
   "decompose",
+  "export_model",
   "extract",
   "factored",
   "from_torch",

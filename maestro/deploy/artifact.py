@@ -84,8 +84,9 @@ def load(
   """Loads an exported network: model.apply(variables, x).
 
   Args:
-    directory: made by `python -m maestro.export`.
-    model: the Flax module, for an architecture that maestro does not have.
+    directory: made by `python -m maestro.export` or `maestro.export_model`.
+    model: the Flax module, for an architecture that maestro does not have;
+      of `maestro.export_model`, None is what runs the exported function.
     budget: "macs:0.4", "params:0.4" or "bytes:0.4", a fraction of the dense
       network: the largest profile within it.
     profile: the name of a profile, e.g. 0.4. Without both, the largest.
@@ -98,6 +99,14 @@ def load(
     ArtifactError: a file is missing, altered or not ours; the file holds no
       such profile; or the model is unknown or another one.
   """
+  directory = pathlib.Path(directory)
+  config = read_config(directory)
+  if "function" in config:  # of `maestro.export_model`
+    from maestro.deploy import functions  # which is made of this
+
+    with _fields(directory):
+      _choose(config, budget, profile, directory)
+      return functions.load(directory, model)
   loaded = read(directory, model=model, budget=budget, profile=profile)
   return loaded.model, loaded.variables
 

@@ -1,0 +1,256 @@
+"""Exports any function of parameters, without a run: pytrees in and out.
+
+  maestro.export_model(model_apply, params, ranks, layers, (x, y), out="small")
+  model, variables = maestro.load("small")
+  outputs = model.apply(variables, x, y)
+
+The directory is that of `maestro.deploy.artifact`, with one size. Its StableHLO
+takes the parameters, so that what is loaded runs without the code that made it.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from flax import traverse_util
+from flax.core import meta
+from flax.errors import ScopeParamNotFoundError
+
+import maestro
+from maestro import lowrank, ops, trees
+from maestro.cost.budget import COSTS
+from maestro.cost.count import Cost, count_cost
+from maestro.deploy import artifact, verify
+from maestro.deploy import files as safetensors_io
+from maestro.deploy.artifact import FORMAT, FORMAT_VERSION, STABLEHLO, WEIGHTS
+from maestro.deploy.stablehlo import PLATFORMS
+from maestro.errors import UserError
+from maestro.ops import cpu
+from maestro.runs.provenance import git_commit
+
+
+class FunctionError(UserError):
+  """A function cannot be exported, or is not called as it was exported."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExportedFunction:
+  """What `maestro.load` returns of such an export in the place of a module.
+
+  Attributes:
+    call: outputs = call(params, *args, **kwargs), of StableHLO.
+    inputs: the types that it takes after the parameters, as text.
+  """
+
+  call: Callable[..., Any]
+  inputs: str
+
+  def apply(
+    self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+  ) -> Any:
+    """Computes the outputs for {"params": ...}.
+
+    Raises:
+      FunctionError: the arguments are not of the types that were exported.
+    """
+    try:
+      return self.call(variables["params"], *args, **kwargs)
+    except (TypeError, ValueError) as error:
+      raise FunctionError(
+        f"an exported function of {self.inputs}: {str(error).strip()}"
+      ) from error
+
+
+def export_model(
+  apply: Callable[..., Any],
+  params: trees.Tree,
+  ranks: trees.Tree,
+  layers: trees.Layers,
+  example: tuple[Any, ...],
+  keywords: Mapping[str, Any] | None = None,
+  *,
+  out: str | os.PathLike,
+  any_batch: bool = True,
+  tolerance: float = 1e-4,
+) -> dict[str, Any]:
+  """Writes what `extract` makes of a model to a directory of its own.
+
+  Args:
+    apply: outputs = apply(params, *example, **keywords), pytrees of arrays;
+      what else it needs, as batch statistics or train=False, it knows:
+      `lambda p, x: model.apply({"params": p, "batch_stats": s}, x)`.
+    params: factored parameters.
+    ranks: rank tree, concrete.
+    layers: from `maestro.layers`.
+    example: the arguments after the parameters; arrays, or abstract ones in
+      whose place random numbers are tried.
+    keywords: those by keyword.
+    out: directory to make; an earlier export there is replaced.
+    any_batch: whether the first axis of the first array, and of all others of
+      the same size, is a batch, of any size later.
+    tolerance: the largest relative difference to the masked network.
+
+  Returns:
+    The content of config.json.
+
+  Raises:
+    FunctionError: an argument is no array, `apply` does not run on factors, or
+      it cannot be lowered.
+    DifferenceError: what was exported differs by more than the tolerance.
+    ArtifactError: the directory is something else, or cannot be written.
+    LowRankError: ranks do not fit the parameters.
+  """
+  out = pathlib.Path(out).absolute()
+  artifact.check_target(out)
+  given = (tuple(example), dict(keywords or {}))
+  args, kwargs = jax.tree.map_with_path(_concrete, given)
+  params, ranks = meta.unbox(params), jax.device_get(ranks)
+  extract = jax.jit(lambda p: lowrank.extract(p, ranks, layers))
+  small = jax.device_get(extract(params))
+
+  @ops.jit_precise
+  def run(params):
+    return apply(params, *args, **kwargs)
+
+  def outputs(params):
+    try:
+      with jax.default_matmul_precision("highest"):
+        return jax.device_get(run(params))
+    except ScopeParamNotFoundError as error:
+      raise FunctionError(
+        "`apply` does not run on factors; give that of a model of maestro.nn,"
+        f" or of maestro.factored(model): {error}"
+      ) from error
+
+  found = outputs(small)
+  difference = {
+    "masked": verify.difference(outputs(lowrank.mask(params, ranks)), found)
+  }
+  what = "the extracted network"
+  verify.check(difference["masked"], tolerance, what, "the masked one")
+  function = _lower(apply, small, args, kwargs, any_batch)
+  again = jax.device_get(function.call(small, *args, **kwargs))
+  loose = tolerance  # products of accelerators are in less than float32
+  if jax.default_backend() != "cpu":
+    loose = max(tolerance, 3e-2)
+  difference["stablehlo"] = verify.difference(found, again)
+  verify.check(difference["stablehlo"], loose, STABLEHLO, what)
+  cost = count_cost(layers, small)
+  dense = jax.eval_shape(lambda p: lowrank.merge(p, layers), params)
+  flat = trees.flatten_ranks(ranks)
+  record = {
+    "name": "own",
+    "ranks": {path: np.asarray(rank).tolist() for path, rank in flat.items()},
+    "forms": {layer.path: layer.form for layer in cost.layers},
+    "difference": difference,
+    **_totals(cost),
+  }
+  with artifact.new_directory(out) as new:
+    config = {
+      "format": FORMAT,
+      "format_version": FORMAT_VERSION,
+      "function": {
+        "inputs": _described(args, kwargs),
+        "any_batch": any_batch,
+      },
+      "source": {"git": git_commit(), "maestro": maestro.__version__},
+      "dense": _totals(count_cost(layers, dense)),
+      "profiles": [record],
+      "stablehlo": {
+        "jax": jax.__version__,
+        "minimum_jax": jax.__version__,
+        "platforms": list(function.platforms),
+      },
+    }
+    tensors = traverse_util.flatten_dict({"params": small}, sep="/")
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    safetensors_io.write(new / WEIGHTS, tensors, metadata)
+    (new / STABLEHLO).write_bytes(function.serialize())
+    artifact.write_config(new, config)
+  return config
+
+
+def _totals(cost: Cost) -> dict[str, int]:
+  return {kind: getattr(cost, kind) for kind in COSTS}
+
+
+def _concrete(path: Any, x: Any) -> Any:
+  """An argument itself, or random numbers of its type."""
+  if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    raise FunctionError(
+      f"example{jax.tree_util.keystr(path)}: {x!r} is no array; what does not"
+      " change from call to call belongs into `apply`"
+    )
+  if not isinstance(x, jax.ShapeDtypeStruct):
+    return x
+  if not x.shape:
+    return np.ones((), x.dtype)
+  return verify.make_inputs(x, x.shape[0])
+
+
+def _described(args: tuple, kwargs: dict) -> str:
+  """The types of arguments as text."""
+  types = jax.tree.map(
+    lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}", (args, kwargs)
+  )
+  words = [*map(str, types[0]), *(f"{k}={v}" for k, v in types[1].items())]
+  return ", ".join(words).replace("'", "")
+
+
+def _lower(
+  apply: Callable, params: Any, args: tuple, kwargs: dict, any_batch: bool
+) -> jax.export.Exported:
+  """Lowers outputs = apply(params, *args, **kwargs) for all platforms."""
+  sizes = [x.shape[0] for x in jax.tree.leaves((args, kwargs)) if x.shape]
+  (n,) = jax.export.symbolic_shape("n")
+
+  def abstract(x):
+    shape = x.shape
+    if any_batch and shape and shape[0] == sizes[0]:
+      shape = (n, *shape[1:])
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+  types = jax.tree.map(abstract, (args, kwargs))
+  try:
+    with cpu.portable():
+      exported = jax.export.export(jax.jit(apply), platforms=PLATFORMS)(
+        params, *types[0], **types[1]
+      )
+    exported.serialize()  # raises for trees that only Python knows
+  except Exception as error:  # whatever a lowering may raise
+    batch = " and any batch size" if any_batch else ""
+    remedy = "any_batch=False exports the sizes of the example alone; " * (
+      any_batch
+    )
+    raise FunctionError(
+      f"`apply` cannot be lowered for {', '.join(PLATFORMS)}{batch}:"
+      f" {str(error).strip().splitlines()[0]}; {remedy}inputs and outputs are"
+      " arrays in dicts, lists and tuples"
+    ) from error
+  return exported
+
+
+def load(directory: pathlib.Path, model: Any = None) -> tuple[Any, dict]:
+  """Loads a directory that `export_model` made, every file verified.
+
+  Args:
+    directory: whose config has a "function".
+    model: returned as it is; None returns an `ExportedFunction`.
+
+  Raises:
+    ArtifactError: a file is missing or altered.
+  """
+  config = artifact.verify(directory)
+  with safetensors_io.Reader(directory / WEIGHTS) as reader:
+    flat = {name: reader.read(name) for name in reader.shapes}
+  variables = traverse_util.unflatten_dict(flat, sep="/")
+  variables = jax.tree.map(jax.numpy.asarray, variables)
+  if model is None:
+    call = artifact.load_stablehlo(directory)
+    model = ExportedFunction(call, config["function"]["inputs"])
+  return model, variables
