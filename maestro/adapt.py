@@ -127,9 +127,9 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
     function = getattr(method, "__func__", method)
     if callable(function) and function not in methods.values():
       # Of the model that was given, or of a module in general.
-      def method(module, *args, **kwargs):
-        return module.call_on_factors(function, *args, **kwargs)
-
+      method = lambda m, *args, **kwargs: m.call_on_factors(  # noqa: E731
+        function, *args, **kwargs
+      )
     return mapped.apply(self, variables, *args, method=method, **kwargs)
 
   body = {**head, **methods, "apply": apply}
@@ -253,7 +253,7 @@ class _Calls:
 
   def intercept(self, next_call, args, kwargs, context):
     module = context.module
-    function = getattr(context.orig_method, "func", None)
+    function: Any = getattr(context.orig_method, "func", None)
     if function is _function(nn.OptimizedLSTMCell.__call__):
       return _lstm(module, next_call, *args, **kwargs)
     if module.scope is None or isinstance(module, _OURS):

@@ -33,6 +33,8 @@ from maestro.errors import UserError
 from maestro.ops import cpu
 from maestro.runs.provenance import git_commit
 
+_REMEDY = "any_batch=False exports the sizes of the example alone"
+
 
 class FunctionError(UserError):
   """A function cannot be exported, or is not called as it was exported."""
@@ -134,12 +136,14 @@ def export_model(
   what = "the extracted network"
   verify.check(difference["masked"], tolerance, what, "the masked one")
   function = _lower(apply, small, args, kwargs, any_batch)
-  again = jax.device_get(function.call(small, *args, **kwargs))
   loose = tolerance  # products of accelerators are in less than float32
   if jax.default_backend() != "cpu":
     loose = max(tolerance, 3e-2)
+  again = jax.device_get(function.call(small, *args, **kwargs))
   difference["stablehlo"] = verify.difference(found, again)
   verify.check(difference["stablehlo"], loose, STABLEHLO, what)
+  if any_batch:
+    _check_another_batch(apply, function, small, args, kwargs, loose)
   cost = count_cost(layers, small)
   dense = jax.eval_shape(lambda p: lowrank.merge(p, layers), params)
   flat = trees.flatten_ranks(ranks)
@@ -167,7 +171,9 @@ def export_model(
         "platforms": list(function.platforms),
       },
     }
-    tensors = traverse_util.flatten_dict({"params": small}, sep="/")
+    tensors: dict[str, Any] = traverse_util.flatten_dict(
+      {"params": small}, sep="/"
+    )
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     safetensors_io.write(new / WEIGHTS, tensors, metadata)
     (new / STABLEHLO).write_bytes(function.serialize())
@@ -206,16 +212,14 @@ def _lower(
   apply: Callable, params: Any, args: tuple, kwargs: dict, any_batch: bool
 ) -> jax.export.Exported:
   """Lowers outputs = apply(params, *args, **kwargs) for all platforms."""
-  sizes = [x.shape[0] for x in jax.tree.leaves((args, kwargs)) if x.shape]
   (n,) = jax.export.symbolic_shape("n")
 
-  def abstract(x):
-    shape = x.shape
-    if any_batch and shape and shape[0] == sizes[0]:
-      shape = (n, *shape[1:])
+  def abstract(x, batched):
+    shape = (n, *x.shape[1:]) if any_batch and batched else x.shape
     return jax.ShapeDtypeStruct(shape, x.dtype)
 
-  types = jax.tree.map(abstract, (args, kwargs))
+  given = (args, kwargs)
+  types = jax.tree.map(abstract, given, _batched(given))
   try:
     with cpu.portable():
       exported = jax.export.export(jax.jit(apply), platforms=PLATFORMS)(
@@ -224,15 +228,47 @@ def _lower(
     exported.serialize()  # raises for trees that only Python knows
   except Exception as error:  # whatever a lowering may raise
     batch = " and any batch size" if any_batch else ""
-    remedy = "any_batch=False exports the sizes of the example alone; " * (
-      any_batch
-    )
+    remedy = f"{_REMEDY}; " if any_batch else ""
     raise FunctionError(
       f"`apply` cannot be lowered for {', '.join(PLATFORMS)}{batch}:"
       f" {str(error).strip().splitlines()[0]}; {remedy}inputs and outputs are"
       " arrays in dicts, lists and tuples"
     ) from error
   return exported
+
+
+def _batched(tree: Any) -> Any:
+  """For each array, whether axis 0 is a batch: of the size of the first's."""
+  sizes = [x.shape[0] for x in jax.tree.leaves(tree) if x.shape]
+  return jax.tree.map(lambda x: bool(x.shape) and x.shape[0] == sizes[0], tree)
+
+
+def _check_another_batch(
+  apply: Callable,
+  function: jax.export.Exported,
+  params: Any,
+  args: tuple,
+  kwargs: dict,
+  tolerance: float,
+) -> None:
+  """Raises unless one more example gives what `apply` gives."""
+
+  def grow(x, batched):
+    return jax.numpy.concatenate([x, x[:1]]) if batched else x
+
+  given = (args, kwargs)
+  args, kwargs = jax.tree.map(grow, given, _batched(given))
+  try:
+    with jax.default_matmul_precision("highest"):
+      wanted = jax.device_get(ops.jit_precise(apply)(params, *args, **kwargs))
+    found = jax.device_get(function.call(params, *args, **kwargs))
+  except Exception as error:  # a function of the user's may raise anything
+    raise FunctionError(
+      f"`apply` does not take another batch size than that of the example:"
+      f" {str(error).strip().splitlines()[0]}; {_REMEDY}"
+    ) from error
+  difference = verify.difference(wanted, found)
+  verify.check(difference, tolerance, STABLEHLO, "another batch size's outputs")
 
 
 def load(directory: pathlib.Path, model: Any = None) -> tuple[Any, dict]:

@@ -52,7 +52,7 @@ def trained():
   params = jax.jit(
     lambda p: maestro.decompose(p, [maestro.Rule("embed|cell.*|head")], layers)
   )(variables["params"])
-  ranks = jax.tree.map(lambda r: r // 2, maestro.full_ranks(params, layers))
+  ranks = jax.tree.map(lambda r: r // 3, maestro.full_ranks(params, layers))
 
   def apply(params, batch, *, scale):
     variables = {"params": params, "batch_stats": stats}
@@ -102,7 +102,7 @@ def test_the_config_says_what_it_costs(trained, exported):
   assert size["macs"] == maestro.count_cost(layers, small).macs
   assert size["macs"] < config["dense"]["macs"]
   assert max(size["difference"].values()) < 1e-5
-  assert size["ranks"]["head"] == 3
+  assert size["ranks"]["head"] == 2
   inputs = config["function"]["inputs"]
   assert "tokens: int32[2, 3]" in inputs
   assert "scale=float32[8]" in inputs
@@ -181,7 +181,12 @@ def _function(apply=None, example=ONES, **options):
     (
       _function(lambda p, x: x.reshape(4, 2) @ jnp.ones((2, 1))),
       FunctionError,
-      r"cannot be lowered.*any_batch=False",
+      r"another batch size.*any_batch=False",
+    ),
+    (
+      _function(lambda p, x: x + jnp.ones((2, 4))),
+      FunctionError,
+      r"cannot be lowered.*any batch size.*any_batch=False",
     ),
   ],
 )
