@@ -81,8 +81,8 @@ def factored(model: Any) -> Any:
     return _class_of(model)
   if not isinstance(model, nn.Module):
     raise LowRankError(
-      f"factored() takes a Flax Linen module or its class, got {model!r}"
-      " (one of flax.nnx goes through flax.nnx.bridge.to_linen)"
+      "factored() takes a Flax Linen module or its class, got a"
+      f" {type(model).__name__}; layers of flax.nnx cannot be factored"
     )
   if model.scope is not None or isinstance(model.parent, nn.Module):
     raise LowRankError(

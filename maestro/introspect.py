@@ -335,7 +335,8 @@ def check_ranks(
   if unread:
     raise LowRankError(
       f"ranks of {unread} are read by no layer, which would run at full rank;"
-      " check the path, that the layer is of maestro.nn, and that a scan or"
-      ' vmap has variable_axes={"params": 0, "ranks": 0}, and nn.RNN'
+      " check the path, that the layer is of maestro.nn or the model is"
+      " maestro.factored(model), and, without it, that a scan or vmap has"
+      ' variable_axes={"params": 0, "ranks": 0}, and nn.RNN'
       ' variable_broadcast=("params", "ranks")'
     )

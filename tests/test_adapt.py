@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.core import FrozenDict, meta
 
 import maestro
@@ -891,9 +892,19 @@ def test_ranks_that_do_not_fit_are_errors(ranks, message):
     model.apply({"params": params, "ranks": ranks}, X)
 
 
+def test_layers_of_nnx_run_and_stay_dense():
+  model = maestro.factored(nnx.bridge.to_linen(nnx.Linear, 6, 4))
+  params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+  layers = maestro.layers(model, X)
+  assert maestro.count_cost(layers, params).macs == 24
+  assert model.apply({"params": params}, X).shape == (2, 4)
+  with pytest.raises(LowRankError, match="cannot be factored"):
+    maestro.decompose(params, ALL, layers)
+
+
 def test_what_is_no_free_module_is_refused():
-  with pytest.raises(LowRankError, match=r"Linen module.*got .*nnx"):
-    maestro.factored(lambda x: x)
+  with pytest.raises(LowRankError, match=r"Linen module.*got a Linear.*nnx"):
+    maestro.factored(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
   with pytest.raises(LowRankError, match=r"maestro.factored\(Dense\)"):
     Net(lambda x: maestro.factored(nn.Dense(4))(x)).init(KEY, X)
   with pytest.raises(LowRankError, match="belongs to no other"):

@@ -1,5 +1,6 @@
 """docs/your_model.md: the code runs, in order, and does what is said."""
 
+import contextlib
 import pathlib
 import re
 
@@ -12,15 +13,16 @@ BLOCKS = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
 
 
 @pytest.fixture(scope="module")
-def names():
+def names(tmp_path_factory):
   names = {}
-  for code in BLOCKS:
-    exec(compile(code, DOC.name, "exec"), names)
+  with contextlib.chdir(tmp_path_factory.mktemp("docs")):
+    for code in BLOCKS:
+      exec(compile(code, DOC.name, "exec"), names)
   return names
 
 
 def test_the_way_in_is_three_lines_and_the_loop_forty():
-  way_in, _, loop = BLOCKS
+  way_in, _, loop, _ = BLOCKS
   *_, last = way_in.strip().split("\n\n")
   assert last.count("\n") == 2
   assert [line.split(" = ")[0] for line in last.split("\n")] == [
@@ -41,6 +43,9 @@ def test_the_small_network_is_the_one_at_its_ranks(names):
   variables = {"params": names["params"], "ranks": names["ranks"]}
   np.testing.assert_allclose(
     names["logits"], model.apply(variables, tokens), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    names["same"], names["logits"], rtol=1e-4, atol=1e-5
   )
   sizes = [x.size for x in jax.tree.leaves(names["small"])]
   assert names["cost"].params == sum(sizes) < names["dense"].params

@@ -114,6 +114,8 @@ def export_model(
   params, ranks = meta.unbox(params), jax.device_get(ranks)
   extract = jax.jit(lambda p: lowrank.extract(p, ranks, layers))
   small = jax.device_get(extract(params))
+  flat: dict[str, Any] = traverse_util.flatten_dict(small, sep="/")
+  small = traverse_util.unflatten_dict(flat, sep="/")  # as it will be loaded
 
   @ops.jit_precise
   def run(params):
@@ -146,10 +148,12 @@ def export_model(
     _check_another_batch(apply, function, small, args, kwargs, loose)
   cost = count_cost(layers, small)
   dense = jax.eval_shape(lambda p: lowrank.merge(p, layers), params)
-  flat = trees.flatten_ranks(ranks)
   record = {
     "name": "own",
-    "ranks": {path: np.asarray(rank).tolist() for path, rank in flat.items()},
+    "ranks": {
+      path: np.asarray(rank).tolist()
+      for path, rank in trees.flatten_ranks(ranks).items()
+    },
     "forms": {layer.path: layer.form for layer in cost.layers},
     "difference": difference,
     **_totals(cost),
@@ -171,12 +175,13 @@ def export_model(
         "platforms": list(function.platforms),
       },
     }
-    tensors: dict[str, Any] = traverse_util.flatten_dict(
-      {"params": small}, sep="/"
-    )
+    tensors = {f"params/{path}": x for path, x in flat.items()}
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     safetensors_io.write(new / WEIGHTS, tensors, metadata)
-    (new / STABLEHLO).write_bytes(function.serialize())
+    with (new / STABLEHLO).open("xb") as file:
+      file.write(function.serialize())
+      file.flush()
+      os.fsync(file.fileno())
     artifact.write_config(new, config)
   return config
 
