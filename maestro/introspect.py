@@ -123,7 +123,7 @@ class _Use:
     batched: whether all of its inputs can have the batch as axis 0.
     altered: whether its kernel is changed before it is multiplied.
     masked: whether that is by a mask of its own, which its factors have too.
-    outside: whether another module multiplies by its kernel.
+    outside: whether another module multiplies by its kernel, or transposes it.
   """
 
   spec: LayerSpec | None
@@ -202,7 +202,8 @@ def _uses(model: nn.Module, variables: Any, inputs: Any) -> dict[str, _Use]:
     use.rows += product.rows
     use.altered |= path in {kernels[i] for i in product.changed}
     # By another module, which finds no kernel in a factored layer.
-    outside.update({kernels[i] for i in product.same} - {path})
+    found = product.same | product.moved
+    outside.update({kernels[i] for i in found} - {path})
   for path in outside & uses.keys():
     uses[path].outside = True
   return uses

@@ -36,6 +36,7 @@ class Product:
     rows: numbers that are looked up; 0 for a product.
     changed: arguments that were changed before they were multiplied.
     same: arguments that were multiplied, or looked up, as they are.
+    moved: arguments whose axes are transposed here; then it is no product.
   """
 
   scope: str
@@ -44,6 +45,7 @@ class Product:
   rows: int
   changed: frozenset[int]
   same: frozenset[int]
+  moved: frozenset[int] = frozenset()
 
 
 def products(
@@ -91,6 +93,9 @@ def _walk(
     elif inner := _inner(eqn):
       outputs = _calls(eqn, inner, inputs, here, times, found)
     elif name in _SAME:
+      if name == "transpose" and inputs[0]:
+        moved = frozenset(i for i, _ in inputs[0])
+        found.append(Product(here, 0, 0, 0, frozenset(), frozenset(), moved))
       outputs = (inputs * len(outputs))[: len(outputs)]
     elif any(inputs):
       every = frozenset((i, True) for o in inputs for i, _ in o)

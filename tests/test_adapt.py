@@ -821,9 +821,17 @@ def test_a_layer_that_cannot_follow_is_refused_by_name(function, path, summed):
   model.apply({"params": dense}, X)
 
 
+def _transposed(x):
+  layer = nn.map_variables(
+    nn.Dense, "params", lambda p: jax.tree.map(jnp.transpose, p), init=True
+  )
+  return layer(6, name="transposed")(x)
+
+
 @pytest.mark.parametrize(
   ("function", "path"),
   [
+    (_transposed, "transposed"),
     (lambda x: StdConv(4, (1,), name="std")(x[:, None]), "std"),
     (
       lambda x: nn.WeightNorm(nn.Dense(4, name="norm"))(x),
