@@ -120,9 +120,9 @@ def test_a_translator_learns_resumes_and_ships(folder, tmp_path, monkeypatch):
     np.testing.assert_array_equal(a, b)
 
   # Evaluated again, and out of its files, it scores the same.
-  found = train.evaluate_workdir(one)["test"]
+  found = train.evaluate_workdir(one, str(folder))["test"]
   assert found == pytest.approx(scores, rel=1e-5)
-  export(one, tmp_path / "out")
+  export(runs[0], tmp_path / "out")
   model, variables = maestro.load(tmp_path / "out")
   x = data_lib.make(**c["data"]).test.inputs
   run = runs[0]
