@@ -10,8 +10,9 @@
 Truncates the factors, merges the layers whose dense kernel is cheaper, compares
 with the masked network (an error above --tolerance), computes batch-norm
 statistics anew, evaluates, measures the latency, and writes a directory that
-stands alone: model.safetensors, config.json, card.md and model.stablehlo. Load
-it by maestro.load(directory), or the StableHLO by jax.export, without maestro.
+stands alone: model.safetensors, config.json, slices.json, README.md and
+model.stablehlo. Load it by maestro.load(directory), or the StableHLO by
+jax.export, without maestro.
 
 Without --budget, --ranks or --profiles, the checkpoint's own ranks are kept; of
 a nested run (--config.method=nested), all levels that were trained.

@@ -2,7 +2,8 @@
 
   model.safetensors  params and statistics; factors with the rank axis first
   config.json        what they are, and the sha256 of every other file
-  card.md            the same for people
+  slices.json        which rows of the weights are which size
+  README.md          what they are, for people
   model.stablehlo    optional: the network with its weights, for `jax.export`
 
 The weights may hold several sizes of one network, its profiles; loading one of
@@ -13,12 +14,9 @@ verified.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 import pathlib
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -33,24 +31,28 @@ from maestro import lowrank, trees
 from maestro.cost.budget import COSTS, Budget
 from maestro.cost.count import count_cost
 from maestro.deploy import files as safetensors_io
-from maestro.deploy import packing
+from maestro.deploy import packing, slices
+from maestro.deploy.directory import (
+  CONFIG,
+  FILES,
+  FORMAT,
+  FORMAT_VERSION,
+  READABLE,
+  STABLEHLO,
+  WEIGHTS,
+  ArtifactError,
+  file_sha256,
+  sha256,
+)
+from maestro.deploy.directory import check_target as check_target
+from maestro.deploy.directory import new_directory as new_directory
+from maestro.deploy.directory import write_config as write_config
 from maestro.errors import UserError
 from maestro.models import MODELS
-from maestro.runs import stop
 from maestro.runs import workdir as workdir_lib
 from maestro.trees import LayerSpec
 
-FORMAT = "maestro-export"
-FORMAT_VERSION = 2
-_READABLE = (1, 2)  # version 1 had no digest of config.json itself
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-STABLEHLO, CARD = "model.stablehlo", "card.md"
-_FILES = (WEIGHTS, STABLEHLO, CARD)  # beside config.json
 _REMEDY = "restore it, or export again"
-
-
-class ArtifactError(UserError):
-  """An exported directory cannot be written, read or trusted."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,7 +188,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       f' {CONFIG} has no "format": "{FORMAT}"'
     )
   version = config.get("format_version")
-  if version not in _READABLE:
+  if version not in READABLE:
     raise ArtifactError(
       f"{path}: format version {version!r} is unknown, this maestro reads"
       f" {FORMAT_VERSION}; use the version of maestro that made it"
@@ -198,7 +200,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     if WEIGHTS not in config["files"]:
       raise ArtifactError(f"{path} lists no {WEIGHTS}; {_REMEDY}")
     for name, file in config["files"].items():
-      if name not in _FILES:
+      if name not in FILES:
         raise ArtifactError(
           f"{path} lists {name!r}, which is no file of an export; {_REMEDY}"
         )
@@ -209,6 +211,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
           f"{directory / name} is altered: {size} bytes, {file['size']} when"
           " it was written; restore it, or export again"
         )
+    slices.check(directory, config)
   return config
 
 
@@ -366,7 +369,8 @@ def _shapes(model, example, name, most) -> tuple[dict, dict[str, LayerSpec]]:
 
 def _check_header(reader: safetensors_io.Reader, config, path) -> None:
   """The header says how bytes become arrays, so it must be the one written."""
-  if reader.metadata.get("format") != FORMAT:
+  told = reader.metadata  # before version 3, "format" was this format
+  if FORMAT not in (told.get("maestro"), told.get("format")):
     raise ArtifactError(
       f"{path} is a foreign safetensors file, not written by maestro.export;"
       " restore the file, or export again"
@@ -402,85 +406,3 @@ def _check_fit(shapes, expected, layers, blocks, path) -> None:
         f" {shapes.get(name, 'none')} there and {wanted.get(name, 'none')} in"
         " the model; pass as model= the module that was exported"
       )
-
-
-def sha256(data: bytes) -> str:
-  """Returns the digest of bytes."""
-  return hashlib.sha256(data).hexdigest()
-
-
-def file_sha256(path: pathlib.Path) -> str:
-  """Returns the digest of a file's content."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------
-
-
-def check_target(out: pathlib.Path) -> None:
-  """Raises unless a directory is free, or holds an earlier export and no more.
-
-  Raises:
-    ArtifactError: there is something else.
-  """
-  if not out.exists():
-    return
-  if not out.is_dir():
-    raise ArtifactError(f"--out={out} is a file; choose another --out")
-  names = {path.name for path in out.iterdir()}
-  if not names:
-    return
-  try:
-    config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    listed = set(config["files"]) & set(_FILES)
-    ours = {CONFIG, *listed} if config["format"] == FORMAT else set()
-  except (OSError, ValueError, KeyError, TypeError):
-    ours = set()
-  if foreign := sorted(names - ours):
-    raise ArtifactError(
-      f"--out={out} holds what no export wrote ({', '.join(foreign[:3])}"
-      f"{', ...' if foreign[3:] else ''}); it is not overwritten: choose"
-      " another --out, or empty it"
-    )
-
-
-@contextlib.contextmanager
-def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a directory that takes the place of `out` once it is complete."""
-  new, old = (
-    out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("new", "old")
-  )
-  try:
-    new.mkdir(parents=True)
-    yield new
-    check_target(out)
-    with stop.saving():
-      if out.exists():
-        out.rename(old)
-      new.rename(out)
-  except OSError as error:
-    raise ArtifactError(
-      f"cannot write --out={out}: {error.strerror or error}; free space or"
-      " choose another --out"
-    ) from error
-  finally:
-    if old.exists() and not out.exists():
-      old.rename(out)  # the new one could not take its place
-    for path in (new, old):
-      shutil.rmtree(path, ignore_errors=True)
-
-
-def write_config(new: pathlib.Path, config: dict) -> None:
-  """Writes config.json with the sizes and digests of the other files."""
-  config["files"] = {
-    path.name: {
-      "size": path.stat().st_size,
-      "sha256": file_sha256(path),
-    }
-    for path in sorted(new.iterdir())
-    if path.name != CONFIG
-  }
-  workdir_lib.write_json(new / CONFIG, workdir_lib.plain(config))

@@ -1,5 +1,10 @@
-"""Tells people about an exported model: a table, and the page card.md."""
+"""Tells people about an exported model: a table, and the page README.md.
 
+The page begins with what hubs of models read, and config.json has the keys that
+their tools look for (`labels`).
+"""
+
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,8 +74,51 @@ def slower(config: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def labels(model: Any) -> dict[str, Any]:
+  """Returns the keys of config.json by which other tools tell a model."""
+  return {
+    "library_name": "maestro",
+    "model_type": "maestro",
+    "architectures": [type(model).__name__],
+  }
+
+
+def _head(config: Mapping[str, Any], name: str) -> list[str]:
+  """The page's head in YAML, of which JSON is a part; no field is guessed."""
+  tags = ["maestro", "jax", "flax", "low-rank", "model-compression"]
+  head: dict[str, Any] = {"library_name": "maestro", "tags": tags}
+  task = {}
+  if len(config["input"]["shape"]) == 3 and config["num_classes"]:
+    head["pipeline_tag"] = "image-classification"
+    task = {"type": head["pipeline_tag"]}
+  index = []
+  for profile in config["profiles"]:
+    results = [
+      {
+        "task": task or {"type": "other"},
+        "dataset": {
+          "name": config["data"],
+          "type": config["data"],
+          "split": split,
+        },
+        "metrics": [
+          {"type": metric, "name": metric, "value": value}
+          for metric, value in metrics.items()
+          if isinstance(value, float | int)
+        ],
+      }
+      for split, metrics in profile["metrics"].items()
+    ]
+    if results:
+      label = f"{name}, size {profile['name']}"
+      index.append({"name": label, "results": results})
+  if index:
+    head["model-index"] = index
+  return ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "---"]
+
+
 def make_card(config: Mapping[str, Any], name: str) -> str:
-  """Writes card.md of an exported directory called `name`."""
+  """Writes README.md of an exported directory called `name`."""
   source, inputs = config["source"], config["input"]
   shape = ", ".join(["n", *map(str, inputs["shape"])])
   scale = inputs["normalization"]
@@ -84,6 +132,8 @@ def make_card(config: Mapping[str, Any], name: str) -> str:
   outside = config["model"]["options"] is None
   argument = ", model=MODEL" if outside else ""
   lines = [
+    *_head(config, name),
+    "",
     f"# {name}: {config['model']['name']}",
     "",
     f"Cut out of the run `{source['workdir']}`, checkpoint"

@@ -16,13 +16,22 @@ from maestro.cost import budget as budget_lib
 from maestro.cost import profiles as profiles_lib
 from maestro.cost.count import Cost, count_cost
 from maestro.cost.latency import measure_latencies
-from maestro.deploy import artifact, card, levels, packing, stablehlo, verify
+from maestro.deploy import (
+  artifact,
+  card,
+  levels,
+  packing,
+  slices,
+  stablehlo,
+  verify,
+)
 from maestro.deploy import choose as allocate
 from maestro.deploy import files as safetensors_io
-from maestro.deploy.artifact import (
+from maestro.deploy.directory import (
   CARD,
   FORMAT,
   FORMAT_VERSION,
+  METADATA,
   STABLEHLO,
   WEIGHTS,
 )
@@ -155,6 +164,7 @@ def export(
   _add_latency(run, cuts, config, options.repeats)
   with artifact.new_directory(out) as new:
     _write(run, new, cuts, config, options, outputs)
+    slices.write(new, config, run.layers)
     text = card.make_card(config, out.name)
     (new / CARD).write_text(text, encoding="utf-8")
     artifact.write_config(new, config)
@@ -298,6 +308,7 @@ def _describe(
   return {
     "format": FORMAT,
     "format_version": FORMAT_VERSION,
+    **card.labels(run.model),
     "model": {"name": name, "options": options},
     "data": facts.data,
     "num_classes": facts.num_classes,
@@ -338,8 +349,7 @@ def _write(
     for cut in cuts
   ]
   tensors, config["tensors"] = packing.pack(run.params, profiles, run.layers)
-  metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-  header = safetensors_io.write(new / WEIGHTS, tensors, metadata)
+  header = safetensors_io.write(new / WEIGHTS, tensors, METADATA)
   config["header_sha256"] = artifact.sha256(header)
   if options.stablehlo:
     hlo = _write_stablehlo(run, new, cuts[0], outputs, options.tolerance)

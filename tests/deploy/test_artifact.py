@@ -56,7 +56,7 @@ def write(out):
     header = safetensors_io.write(
       new / artifact.WEIGHTS, tensors, {"format": artifact.FORMAT}
     )
-    (new / "card.md").write_text("# a card\n")
+    (new / "README.md").write_text("# a card\n")
     artifact.write_config(
       new,
       {
@@ -195,8 +195,8 @@ def test_a_quarter_of_the_parameters_reads_a_quarter_of_the_file(
 
 
 def test_a_missing_file_is_told(directory):
-  (directory / "card.md").unlink()
-  with pytest.raises(ArtifactError, match=r"card\.md is missing"):
+  (directory / "README.md").unlink()
+  with pytest.raises(ArtifactError, match=r"README\.md is missing"):
     maestro.load(directory)
 
 
@@ -232,9 +232,9 @@ def test_an_altered_header_is_found(directory):
 
 def test_verify_finds_what_load_does_not_read(directory):
   assert artifact.verify(directory)["format"] == artifact.FORMAT
-  flip(directory / "card.md", 0)
+  flip(directory / "README.md", 0)
   maestro.load(directory)
-  with pytest.raises(ArtifactError, match=r"card\.md is altered"):
+  with pytest.raises(ArtifactError, match=r"README\.md is altered"):
     artifact.verify(directory)
 
 
@@ -265,7 +265,7 @@ def test_a_foreign_safetensors_file_is_told(directory):
   ("change", "words"),
   [
     (lambda c: c.pop("format"), "no directory made by"),
-    (lambda c: c.update(format_version=3), "format version 3 is unknown"),
+    (lambda c: c.update(format_version=4), "format version 4 is unknown"),
     (lambda c: c.pop("profiles"), "broken.*profiles"),
     (lambda c: c.update(files=3), "broken"),
     (lambda c: c["model"].update(name="net"), "'net'.*pass model="),

@@ -298,7 +298,7 @@ def test_stablehlo_runs_without_maestro(runs, tmp_path):
   )
   x = np.random.default_rng(0).standard_normal((4, 5, 4)).astype(np.float32)
   np.save(tmp_path / "x.npy", x)
-  card = (tmp_path / "one" / "card.md").read_text()
+  card = (tmp_path / "one" / "README.md").read_text()
   code = card.split("```python\n")[2].split("```")[0]  # as the card says
   script = (
     "import sys, numpy\nx = numpy.load('x.npy')\n"
@@ -317,7 +317,7 @@ def test_stablehlo_runs_without_maestro(runs, tmp_path):
 def test_the_card_says_how_to_load(runs, tmp_path, monkeypatch):
   run = runs("mlp")
   export.export(run, tmp_path / "one", options=FAST, **QUIET)
-  card = (tmp_path / "one" / "card.md").read_text()
+  card = (tmp_path / "one" / "README.md").read_text()
   code = card.split("```python\n")[1].split("```")[0]
   monkeypatch.chdir(tmp_path)
   names = {"x": np.ones((2, 5, 4), np.float32)}
@@ -340,7 +340,9 @@ def test_the_directory_describes_itself(runs, tmp_path):
     log=lines.append,
   )
   config = artifact.verify(tmp_path / "one")
-  assert set(config["files"]) == {"model.safetensors", "card.md"}
+  assert set(config["files"]) == {
+    *("model.safetensors", "slices.json", "README.md")
+  }
   assert config["model"]["name"] == "resnet18"
   assert config["source"]["checkpoint"] == "discover"
   (profile,) = config["profiles"]

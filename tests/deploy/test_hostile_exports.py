@@ -145,7 +145,7 @@ def test_other_values_in_the_config_change_no_result(
 def test_only_an_exports_own_regular_files_are_touched(exported, tmp_path):
   secret = tmp_path / "secret"
   secret.write_text("not yours")
-  for name in ("model.safetensors", "card.md", "config.json"):
+  for name in ("model.safetensors", "README.md", "config.json"):
     for kind in ("link", "pipe", "directory"):
       copy = tmp_path / f"{name}.{kind}"
       shutil.copytree(exported, copy)
@@ -195,6 +195,7 @@ def _fill_header(directory):
   config["tensors"] |= {name: {"sha256": [digest]} for name in more}
   config["header_sha256"] = artifact.sha256(header)
   (directory / artifact.CONFIG).unlink()
+  (directory / "slices.json").unlink()  # older exports have none
   artifact.write_config(directory, config)
 
 
