@@ -23,15 +23,13 @@ from typing import Any
 
 import jax
 import jax.export
-import jax.numpy as jnp
 from flax import traverse_util
 
 from maestro import introspect as nn
-from maestro import lowrank, trees
 from maestro.cost.budget import COSTS, Budget
 from maestro.cost.count import count_cost
 from maestro.deploy import files as safetensors_io
-from maestro.deploy import packing, slices
+from maestro.deploy import packing, remote, slices
 from maestro.deploy.directory import (
   CONFIG,
   FILES,
@@ -66,6 +64,7 @@ class Loaded:
     config: the whole config.json.
     bytes_read: of model.safetensors.
     file_bytes: size of model.safetensors.
+    bytes_received: from a server, config.json included; the rest was cached.
   """
 
   model: Any
@@ -74,6 +73,7 @@ class Loaded:
   config: dict[str, Any]
   bytes_read: int
   file_bytes: int
+  bytes_received: int = 0
 
 
 def load(
@@ -86,7 +86,10 @@ def load(
   """Loads an exported network: model.apply(variables, x).
 
   Args:
-    directory: made by `python -m maestro.export` or `maestro.export_model`.
+    directory: made by `python -m maestro.export` or `maestro.export_model`; or
+      the URL of one by the former, https://, http:// or
+      hf://org/name[@revision][/folder]: only the bytes that the size needs are
+      asked for, and kept (`maestro.deploy.remote`).
     model: the Flax module, for an architecture that maestro does not have;
       of `maestro.export_model`, None is what runs the exported function.
     budget: "macs:0.4", "params:0.4" or "bytes:0.4", a fraction of the dense
@@ -99,16 +102,18 @@ def load(
 
   Raises:
     ArtifactError: a file is missing, altered or not ours; the file holds no
-      such profile; or the model is unknown or another one.
+      such profile; or the model is unknown or another one. Or a server does not
+      send what it is asked for.
   """
-  directory = pathlib.Path(directory)
-  config = read_config(directory)
-  if "function" in config:  # of `maestro.export_model`
-    from maestro.deploy import functions  # which is made of this
+  if not remote.is_url(directory):
+    folder = pathlib.Path(directory)
+    config = read_config(folder)
+    if "function" in config:  # of `maestro.export_model`
+      from maestro.deploy import functions  # which is made of this
 
-    with _fields(directory):
-      _choose(config, budget, profile, directory)
-      return functions.load(directory, model)
+      with _fields(folder):
+        _choose(config, budget, profile, folder)
+        return functions.load(folder, model)
   loaded = read(directory, model=model, budget=budget, profile=profile)
   return loaded.model, loaded.variables
 
@@ -121,19 +126,20 @@ def read(
   profile: float | str | None = None,
 ) -> Loaded:
   """Loads as `load` does, and says what was read."""
-  directory = pathlib.Path(directory)
-  config = read_config(directory)
-  with _fields(directory):
-    chosen = _choose(config, budget, profile, directory)
+  server = remote.Remote(str(directory)) if remote.is_url(directory) else None
+  place = server or pathlib.Path(directory)
+  config = read_config(place)
+  with _fields(place):
+    chosen = _choose(config, budget, profile, place)
     ours = model is None
     if ours:
       model = _make_model(config["model"])
     example = jax.ShapeDtypeStruct(
       (1, *config["input"]["shape"]), config["input"]["dtype"]
     )
-    path = directory / WEIGHTS
+    path, file = place / WEIGHTS, server and server.weights(config)
     try:
-      with safetensors_io.Reader(path) as reader:
+      with safetensors_io.Reader(path, file) as reader:
         _check_header(reader, config, path)
         blocks = config["tensors"]
         # What a config asks for must not take longer than what there is.
@@ -143,45 +149,50 @@ def read(
         )
         shapes = packing.shapes(reader, blocks, chosen, layers)
         _check_fit(shapes, expected, layers, blocks, path)
+        if file:
+          file.keep_header(reader.header)
+          file.prefetch([*packing.wanted(reader, blocks, chosen, layers)])
         params, batch_stats = packing.unpack(reader, blocks, chosen, layers)
     except packing.PackingError as error:
       raise ArtifactError(
         f"{path}: {error}; restore the file, or pass as model= the module that"
         " was exported"
       ) from error
-    variables = {"params": params}
-    if batch_stats:
-      variables["batch_stats"] = batch_stats
-    stored = trees.factored(params, layers)
-    ranks = packing.rank_tree({path: chosen["ranks"][path] for path in stored})
-    # Jitted: one compilation, where op by op there would be hundreds.
-    extract = jax.jit(lambda p: lowrank.extract(p, ranks, layers))
-    variables["params"] = extract(params)
-    variables = jax.tree.map(jnp.asarray, variables)
+    variables = packing.assemble(params, batch_stats, chosen, layers)
     counted = count_cost(layers, variables["params"])
     forms = {layer.path: layer.form for layer in counted.layers}
     found = {kind: getattr(counted, kind) for kind in COSTS} | {"forms": forms}
     for key, value in found.items():
       if chosen[key] != value:
         raise ArtifactError(
-          f"{directory / CONFIG} is altered: {key} of profile"
+          f"{place / CONFIG} is altered: {key} of profile"
           f" {chosen['name']!r} is {chosen[key]} there and {value} by the"
           f" weights; {_REMEDY}"
         )
     size = config["files"][WEIGHTS]["size"]
-  return Loaded(model, variables, chosen, config, reader.bytes_read, size)
+  received = server.received if server else 0
+  return Loaded(
+    model, variables, chosen, config, reader.bytes_read, size, received
+  )
 
 
-def read_config(directory: pathlib.Path) -> dict[str, Any]:
-  """Reads config.json; checks that all files are there, with their sizes."""
+def read_config(directory: pathlib.Path | remote.Remote) -> dict[str, Any]:
+  """Reads config.json; checks that all files are there, with their sizes.
+
+  Of a folder on a server only the config itself is checked.
+  """
   path = directory / CONFIG
-  if not os.path.lexists(path):
-    raise ArtifactError(
-      f"cannot read {path}, which is not there; give a directory made by python"
-      " -m maestro.export"
-    )
-  _check_regular(path)
-  config = _read_json(path)
+  if isinstance(directory, remote.Remote):
+    read = functools.partial(_read_json, path, directory.read_config())
+  else:
+    read = functools.partial(_read_json, path)
+    if not os.path.lexists(path):
+      raise ArtifactError(
+        f"cannot read {path}, which is not there; give a directory made by"
+        " python -m maestro.export"
+      )
+    _check_regular(directory / CONFIG)
+  config = read()
   if config.get("format") != FORMAT:
     raise ArtifactError(
       f"{directory} is no directory made by python -m maestro.export: its"
@@ -195,7 +206,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       f" ({config.get('source', {}).get('maestro', 'not recorded')})"
     )
   if version > 1:
-    _read_json(path, keys={"sha256": str})  # it may not be left out either
+    read(keys={"sha256": str})  # it may not be left out either
   with _fields(directory):
     if WEIGHTS not in config["files"]:
       raise ArtifactError(f"{path} lists no {WEIGHTS}; {_REMEDY}")
@@ -204,19 +215,27 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
         raise ArtifactError(
           f"{path} lists {name!r}, which is no file of an export; {_REMEDY}"
         )
-      _check_regular(directory / name)
-      size = (directory / name).stat().st_size
-      if size != file["size"]:
-        raise ArtifactError(
-          f"{directory / name} is altered: {size} bytes, {file['size']} when"
-          " it was written; restore it, or export again"
-        )
-    slices.check(directory, config)
+      if isinstance(directory, pathlib.Path):
+        _check_size(directory / name, file["size"])
+    if isinstance(directory, pathlib.Path):
+      slices.check(directory, config)
   return config
 
 
-def _read_json(path: pathlib.Path, **checks: Any) -> dict[str, Any]:
+def _check_size(path: pathlib.Path, expected: int) -> None:
+  _check_regular(path)
+  size = path.stat().st_size
+  if size != expected:
+    raise ArtifactError(
+      f"{path} is altered: {size} bytes, {expected} when it was written;"
+      f" {_REMEDY}"
+    )
+
+
+def _read_json(path: Any, data: Any = None, **checks: Any) -> dict[str, Any]:
   try:
+    if data is not None:
+      return workdir_lib.parse_json(data, path, remedy=_REMEDY, **checks)
     return workdir_lib.read_json(path, remedy=_REMEDY, **checks)
   except workdir_lib.WorkdirError as error:
     raise ArtifactError(str(error)) from error
@@ -270,7 +289,7 @@ def verify(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _fields(directory: pathlib.Path) -> Iterator[None]:
+def _fields(directory: pathlib.Path | remote.Remote) -> Iterator[None]:
   """Turns what a mangled config.json causes into one line."""
   try:
     yield
@@ -389,9 +408,9 @@ def _check_header(reader: safetensors_io.Reader, config, path) -> None:
 def _check_fit(shapes, expected, layers, blocks, path) -> None:
   """Raises unless the arrays to be read are the model's, in any form."""
   wanted = dict(expected)
-  for name in blocks:
+  for name in shapes:
     base, _, leaf = name.rpartition("/")
-    if leaf != "u" or "rows" not in blocks[name]:
+    if leaf != "u" or "rows" not in blocks.get(name, ()):
       continue
     spec = layers[base.removeprefix("params").removeprefix("/")]
     rank, base = shapes[name][-1], f"{base}/"

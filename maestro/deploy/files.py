@@ -14,7 +14,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Mapping
-from typing import BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,12 +90,20 @@ class Reader:
     bytes_read: how many bytes have been read from the file so far.
   """
 
-  def __init__(self, path: str | os.PathLike):
-    self._path = pathlib.Path(path)
+  def __init__(self, path: str | os.PathLike, file: Any = None):
+    """Opens a file.
+
+    Args:
+      path: of it.
+      file: what to read instead, by `seek`, `read` and `close`, if it is on no
+        disk; `path` is then what errors call it.
+    """
+    self._path, self._file = path, file
     self.bytes_read = 0
     try:
       # Without a buffer, which would read more than it is asked for.
-      self._file: BinaryIO = open(self._path, "rb", buffering=0)  # noqa: SIM115
+      if file is None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
     except OSError as error:
       raise SafetensorsError(
         f"cannot read {self._path}: {error.strerror}"
@@ -109,7 +117,7 @@ class Reader:
   def _read_header(self) -> None:
     start = self._read(0, 8, "its header")
     (n,) = struct.unpack("<Q", start)
-    size = os.fstat(self._file.fileno()).st_size
+    size = self._file.seek(0, os.SEEK_END)
     if not 2 <= n <= min(size - 8, _MAX_HEADER):
       raise self._broken(f"no header of {n} bytes can be in it")
     text = self._read(8, n, "its header")
@@ -153,28 +161,38 @@ class Reader:
       self.bytes_read += len(chunk)
       missing -= len(chunk)
       chunks.append(chunk)
-    return b"".join(chunks)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
   def read(
     self, name: str, start: int = 0, stop: int | None = None
   ) -> np.ndarray:
     """Reads rows [start, stop) of a tensor; all by default, or if a scalar."""
+    begin, end = self.span(name, start, stop)
+    shape, dtype = self.shapes[name], self._dtypes[name]
+    if shape:
+      stop = shape[0] if stop is None else stop
+      shape = (stop - start, *shape[1:])
+    data = self._read(begin, end - begin, repr(name))
+    little = dtype.newbyteorder("<") if dtype.kind in "iuf" else dtype
+    return np.frombuffer(data, little).astype(dtype).reshape(shape)
+
+  def span(
+    self, name: str, start: int = 0, stop: int | None = None
+  ) -> tuple[int, int]:
+    """Where in the file rows [start, stop) of a tensor begin and end."""
     if name not in self.shapes:
       raise SafetensorsError(f"{self._path} holds no tensor {name!r}")
     shape, dtype = self.shapes[name], self._dtypes[name]
-    begin, size = self._begins[name], math.prod(shape) * dtype.itemsize
-    if shape:
-      stop = shape[0] if stop is None else stop
-      if not 0 <= start <= stop <= shape[0]:
-        raise SafetensorsError(
-          f"{self._path}: {name!r} has {shape[0]} rows, not {start} to {stop}"
-        )
-      row = math.prod(shape[1:]) * dtype.itemsize
-      begin, size = begin + start * row, (stop - start) * row
-      shape = (stop - start, *shape[1:])
-    data = self._read(begin, size, repr(name))
-    little = dtype.newbyteorder("<") if dtype.kind in "iuf" else dtype
-    return np.frombuffer(data, little).astype(dtype).reshape(shape)
+    begin = self._begins[name]
+    if not shape:
+      return begin, begin + dtype.itemsize
+    stop = shape[0] if stop is None else stop
+    if not 0 <= start <= stop <= shape[0]:
+      raise SafetensorsError(
+        f"{self._path}: {name!r} has {shape[0]} rows, not {start} to {stop}"
+      )
+    row = math.prod(shape[1:]) * dtype.itemsize
+    return begin + start * row, begin + stop * row
 
   def close(self) -> None:
     """Closes the file."""

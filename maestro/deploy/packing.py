@@ -4,6 +4,7 @@
   params/<layer>/v            [R, *lead, *outputs]
   params/<layer>/<leaf>       kernel, bias, ... as they are
   batch_stats/<profile>/...   one set for each profile
+  scales/params/<layer>/...   of what is int8 (`maestro.deploy.int8`)
 
 The ranks of the profiles are nested, so the first rows of a factor are that
 factor of a smaller profile. Each tensor comes with the sha256 of its blocks:
@@ -13,17 +14,21 @@ of a factor, the rows between the ranks of consecutive profiles.
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from maestro import lowrank, trees
 from maestro.deploy import files as safetensors_io
+from maestro.deploy import int8 as int8_lib
 from maestro.errors import UserError
 from maestro.trees import LayerSpec
+
+_SCALES = "scales/"  # before the name of what they multiply
 
 
 class PackingError(UserError):
@@ -43,6 +48,33 @@ class Profile:
   name: str
   ranks: Mapping[str, Any]
   batch_stats: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """Bytes of a file that have a digest.
+
+  Attributes:
+    name: of the tensor that they are of.
+    start: the first row, of a factor.
+    stop: the row after the last; None is all of the tensor.
+    begin: of the bytes in the file.
+    end: of the bytes in the file.
+    sha256: of the bytes.
+  """
+
+  name: str
+  start: int
+  stop: int | None
+  begin: int
+  end: int
+  sha256: str
+
+  def altered(self) -> str:
+    """Says that the bytes are others."""
+    rows = f"its rows {self.start} to {self.stop} are"
+    what = "it is" if self.stop is None else rows
+    return f"tensor {self.name!r} is altered: {what} not what was written"
 
 
 def rank_tree(ranks: Mapping[str, Any]) -> dict:
@@ -66,7 +98,11 @@ def _join(*names: str) -> str:
 
 
 def pack(
-  params: Any, profiles: Sequence[Profile], layers: Mapping[str, LayerSpec]
+  params: Any,
+  profiles: Sequence[Profile],
+  layers: Mapping[str, LayerSpec],
+  *,
+  int8: Collection[str] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
   """Lays a network out for a file that holds all of its profiles.
 
@@ -79,6 +115,7 @@ def pack(
     profiles: the largest first, in every layer at most the one before. They
       name every layer that holds factors.
     layers: {path: LayerSpec}.
+    int8: paths of the layers whose weights are stored as int8.
 
   Returns:
     {name: array}, and {name: {"sha256": of each block, "rows": where the blocks
@@ -110,15 +147,20 @@ def pack(
   leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
   for path, x in leaves.items():
     layer, _, leaf = path.rpartition("/")
-    name = f"params/{path}"
-    if layer in factored and leaf in ("u", "v"):
-      x = np.moveaxis(x, _rank_axis(leaf, x.ndim, layers[layer]), 0)
+    name, spec = f"params/{path}", layers.get(layer)
+    rows = axes = None
+    if spec and layer in factored and leaf in ("u", "v"):
+      x = np.moveaxis(x, _rank_axis(leaf, x.ndim, spec), 0)
       rows = [end for end in ends[layer] if end]
-      parts = np.split(x, rows[:-1]) if rows else []
-      blocks[name] = {"sha256": [_sha256(p) for p in parts], "rows": rows}
-    else:
-      blocks[name] = {"sha256": [_sha256(x)]}
+      axes = int8_lib.factor_axes(spec, x.ndim)
+    elif spec and leaf == spec.weight:
+      axes = int8_lib.weight_axes(spec)
+    if layer in int8 and axes is not None:
+      x, scales = int8_lib.quantize(x, axes)
+      tensors[_SCALES + name] = scales
+      blocks[_SCALES + name] = _digests(scales, rows)
     tensors[name] = x
+    blocks[name] = _digests(x, rows)
   for profile in profiles:
     flat = traverse_util.flatten_dict(profile.batch_stats, sep="/")
     for path, x in flat.items():
@@ -127,6 +169,13 @@ def pack(
       blocks[name] = {"sha256": [_sha256(tensors[name])]}
   _check_ties(tensors, blocks, factored)
   return tensors, blocks
+
+
+def _digests(x: np.ndarray, rows: Sequence[int] | None) -> dict[str, Any]:
+  if rows is None:
+    return {"sha256": [_sha256(x)]}
+  parts = np.split(x, rows[:-1]) if rows else []
+  return {"sha256": [_sha256(part) for part in parts], "rows": rows}
 
 
 def shapes(
@@ -143,6 +192,8 @@ def shapes(
   statistics, found = f"batch_stats/{profile['name']}/", {}
   for name, block in blocks.items():
     shape = reader.shapes[name]
+    if name.startswith(_SCALES):
+      continue
     if "rows" in block:
       layer, leaf, rank = _factor(name, block, profile, layers)
       axis = _rank_axis(leaf, len(shape), layers[layer])
@@ -175,28 +226,88 @@ def unpack(
   Raises:
     PackingError: a block is not what was written, or does not fit the layers.
   """
+  found: dict[str, list[np.ndarray]] = {}
+  for block in wanted(reader, blocks, profile, layers):
+    x = reader.read(block.name, block.start, block.stop)
+    if _sha256(x) != block.sha256:
+      raise PackingError(block.altered())
+    found.setdefault(block.name, []).append(x)
+
+  def whole(name: str) -> np.ndarray:
+    if "rows" not in blocks[name]:
+      return found[name][0]
+    first = reader.read(name, 0, 0)  # rank 0 has a shape, too
+    return np.concatenate([first, *found.get(name, ())])
+
   statistics = f"batch_stats/{profile['name']}/"
   params, batch_stats = {}, {}
   for name, block in blocks.items():
+    if name.startswith(statistics):
+      batch_stats[name.removeprefix(statistics)] = whole(name)
+    if not name.startswith("params/"):
+      continue
+    x = whole(name)
+    if _SCALES + name in blocks:
+      x = int8_lib.dequantize(x, whole(_SCALES + name))
+    path = name.removeprefix("params/")
     if "rows" in block:
-      layer, leaf, rank = _factor(name, block, profile, layers)
-      x = _read_rows(reader, name, block, rank)
-      axis = _rank_axis(leaf, x.ndim, layers[layer])
-      params[_join(layer, leaf)] = np.moveaxis(x, 0, axis)
-    elif name.startswith("params/"):
-      params[name.removeprefix("params/")] = _read_all(reader, name, block)
-    elif name.startswith(statistics):
-      x = _read_all(reader, name, block)
-      batch_stats[name.removeprefix(statistics)] = x
+      layer, leaf, _ = _factor(name, block, profile, layers)
+      x = np.moveaxis(x, 0, _rank_axis(leaf, x.ndim, layers[layer]))
+      path = _join(layer, leaf)
+    params[path] = x
   return (
     traverse_util.unflatten_dict(params, sep="/"),
     traverse_util.unflatten_dict(batch_stats, sep="/"),
   )
 
 
+def wanted(
+  reader: Any,
+  blocks: Mapping[str, Mapping[str, Any]],
+  profile: Mapping[str, Any],
+  layers: Mapping[str, LayerSpec],
+) -> Iterator[Block]:
+  """Yields the blocks that `unpack` reads, with the same arguments.
+
+  Raises:
+    PackingError: a factor does not fit the layers.
+  """
+  statistics = f"batch_stats/{profile['name']}/"
+  for name, block in blocks.items():
+    if "rows" in block:
+      _, _, rank = _factor(name, block, profile, layers)
+      start = 0
+      for stop, digest in zip(block["rows"], block["sha256"], strict=True):
+        if stop <= rank:
+          begin, end = reader.span(name, start, stop)
+          yield Block(name, start, stop, begin, end, digest)
+        start = stop
+    elif name.startswith(("params/", f"{_SCALES}params/", statistics)):
+      begin, end = reader.span(name)
+      yield Block(name, 0, None, begin, end, block["sha256"][0])
+
+
+def assemble(
+  params: Any,
+  batch_stats: Any,
+  profile: Mapping[str, Any],
+  layers: Mapping[str, LayerSpec],
+) -> dict[str, Any]:
+  """Turns what `unpack` returned into the variables of the small network."""
+  stored = trees.factored(params, layers)
+  ranks = rank_tree({path: profile["ranks"][path] for path in stored})
+  # Jitted: one compilation, where op by op there would be hundreds.
+  extract = jax.jit(lambda p: lowrank.extract(p, ranks, layers))
+  variables = {"params": extract(params)}
+  if batch_stats:
+    variables["batch_stats"] = batch_stats
+  return jax.tree.map(jnp.asarray, variables)
+
+
 def _factor(name, block, profile, layers) -> tuple[str, str, int]:
   """Returns the layer of a stored factor, "u" or "v", and rows to read."""
-  layer, _, leaf = name.removeprefix("params/").rpartition("/")
+  path = name.removeprefix(_SCALES).removeprefix("params/")
+  layer, _, leaf = path.rpartition("/")
   rank = profile["ranks"][layer]
   if layer not in layers or _stored(rank) not in (0, *block["rows"]):
     raise PackingError(
@@ -209,26 +320,6 @@ def _factor(name, block, profile, layers) -> tuple[str, str, int]:
 def _rank_axis(leaf: str, ndim: int, spec: LayerSpec) -> int:
   """The rank axis of u or v where it is not first, as layers hold them."""
   return ndim - 1 if leaf == "u" else len(spec.lead)
-
-
-def _read_rows(reader, name, block, rank) -> np.ndarray:
-  parts = [reader.read(name, 0, 0)]  # rank 0 has a shape, too
-  start = 0
-  for stop, digest in zip(block["rows"], block["sha256"], strict=True):
-    if stop <= rank:
-      parts.append(_verified(reader.read(name, start, stop), digest, name))
-    start = stop
-  return np.concatenate(parts)
-
-
-def _read_all(reader, name, block) -> np.ndarray:
-  return _verified(reader.read(name), block["sha256"][0], name)
-
-
-def _verified(x: np.ndarray, digest: str, name: str) -> np.ndarray:
-  if _sha256(x) != digest:
-    raise PackingError(f"tensor {name!r} is altered: not what was written")
-  return x
 
 
 def check_nested(profiles: Sequence[Profile]) -> None:
@@ -254,7 +345,8 @@ def _check_ties(tensors, blocks, factored) -> None:
       name = _join("params", path, leaf)
       if not np.any(tensors[name]):
         continue  # vanished, or of rank 0
-      key = (tensors[name].shape, *blocks[name]["sha256"])
+      scales = blocks.get(_SCALES + name, {"sha256": ()})["sha256"]
+      key = (tensors[name].shape, *blocks[name]["sha256"], *scales)
       other = seen.setdefault(key, path)
       if other != path:
         raise PackingError(

@@ -206,6 +206,32 @@ def read_json(
   Raises:
     WorkdirError: it is missing, altered, no such object, or names a key twice.
   """
+  try:
+    # Not to be blocked by a pipe of that name.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+      facts = os.fstat(file.fileno())
+      if not stat.S_ISREG(facts.st_mode) or facts.st_size > _MOST_BYTES:
+        raise _damaged(path, "no regular file of a sensible size", remedy)
+      data = file.read()
+  except OSError as error:
+    raise WorkdirError(
+      f"cannot read {path} ({error}); name the directory of a run"
+    ) from error
+  return parse_json(data, path, keys=keys, remedy=remedy)
+
+
+def parse_json(
+  data: bytes,
+  name: Any,
+  *,
+  keys: Mapping[str, type] | None = None,
+  remedy: str = "restore it, or start in another --workdir",
+) -> dict:
+  """Reads a JSON object from the bytes of a file, as `read_json` does.
+
+  Raises:
+    WorkdirError: it is altered, no such object, or names a key twice.
+  """
 
   def once(pairs):
     value = dict(pairs)
@@ -214,27 +240,21 @@ def read_json(
     return value
 
   try:
-    # Not to be blocked by a pipe of that name.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-      facts = os.fstat(file.fileno())
-      if not stat.S_ISREG(facts.st_mode) or facts.st_size > _MOST_BYTES:
-        raise ValueError("no regular file of a sensible size")
-      value = json.loads(file.read(), object_pairs_hook=once)
+    value = json.loads(data, object_pairs_hook=once)
     if not isinstance(value, dict):
       raise ValueError("no object")
     for key, kind in (keys or {}).items():
       if not isinstance(value.get(key), kind):
         raise ValueError(f"no {key!r} of the kind that it should hold")
-    value = unsealed(value)
-  except OSError as error:
-    raise WorkdirError(
-      f"cannot read {path} ({error}); name the directory of a run"
-    ) from error
+    return unsealed(value)
   except (ValueError, RecursionError) as error:
-    raise WorkdirError(
-      f"{path} is damaged, not the JSON that was written ({error}); {remedy}"
-    ) from error
-  return value
+    raise _damaged(name, str(error), remedy) from error
+
+
+def _damaged(name: Any, why: str, remedy: str) -> WorkdirError:
+  return WorkdirError(
+    f"{name} is damaged, not the JSON that was written ({why}); {remedy}"
+  )
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -94,6 +94,7 @@ def test_the_numpy_reader_runs_every_size(exported, docs, close, name):
   assert len(lines) - 3 <= 15  # but for the imports
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # rank 0
 @pytest.mark.parametrize("name", RANKS)
 def test_the_torch_reader_runs_every_size(exported, docs, close, name):
   torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -155,7 +156,7 @@ def rewrite(directory, change, config_too=True):
   ("change", "words"),
   [
     (lambda v: v["sizes"].pop(), "lists other sizes"),
-    (lambda v: v["sizes"].reverse(), "not nested: 'params/fc1/u' has 16 rows"),
+    (lambda v: v["sizes"].reverse(), "not nested: 'params/fc1/u' has 9 rows"),
     (lambda v: v["sizes"][0]["ranks"].update(fc1=15), "lists other sizes"),
     (lambda v: v["sizes"][0]["ranks"].update(fc9=1), "not listed"),
     (lambda v: v["sizes"][2].update(macs=-1), "'small': macs is -1"),

@@ -1,0 +1,438 @@
+"""Exports over a network: only the bytes that a size needs, checked and cached.
+
+  https://host/folder    http://host/folder    hf://org/name[@revision][/folder]
+
+config.json is asked for at every call. It says the sha256 of the header and of
+each block of the weights (`maestro.deploy.packing`); of these, only what a size
+needs is asked for, by ranges of bytes, and what is in the cache is not. The
+cache holds blocks by their sha256: under $MAESTRO_CACHE, else
+$XDG_CACHE_HOME/maestro, else ~/.cache/maestro.
+
+What comes from a server is trusted no more than a file: nothing longer than
+config.json says is read, and no block is used that has another digest. Whether
+config.json is the one that was published, only https tells.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import http.client
+import os
+import pathlib
+import re
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from maestro.deploy import packing
+from maestro.deploy.directory import CONFIG, WEIGHTS, ArtifactError
+
+TIMEOUT = 30.0  # seconds without a byte
+ATTEMPTS = 5  # of a request
+BACKOFF = 0.5  # seconds before the second attempt, twice as many at each next
+_AGAIN = (408, 429, 500, 502, 503, 504)  # what may pass
+_MOST_CONFIG = 1 << 26  # bytes
+_CHUNK = 1 << 20  # bytes
+_GAP = 512  # bytes between blocks that cost less than a request's own headers
+_WORKERS = 8  # requests at a time
+
+
+class RemoteError(ArtifactError):
+  """A server does not send an export, or not as it is asked to."""
+
+
+def is_url(source: Any) -> bool:
+  """Whether a source names a scheme, such as https://."""
+  return (
+    isinstance(source, str) and re.match(r"\w[\w+.-]*://", source) is not None
+  )
+
+
+class Remote:
+  """A folder on a server; `str` of it is its URL, `/` gives those of files.
+
+  Attributes:
+    received: bytes of all answers so far, without their headers.
+    whole: whether the server ignored ranges, so that all was read.
+  """
+
+  def __init__(self, url: str):
+    self._url = url.rstrip("/")
+    self.received, self.whole = 0, False
+    self._cache = _Cache.at_home()
+    self._lock = threading.Lock()
+    self._revision = ""
+    parts = urllib.parse.urlsplit(self._url)
+    hub = parts.scheme == "hf"
+    if hub:
+      self._hub = _parse_hub(self._url)
+    elif parts.scheme not in ("http", "https") or not parts.hostname:
+      raise RemoteError(
+        f"{url}: only https://, http:// and hf:// are read; give one of them,"
+        " or a local directory"
+      )
+    elif parts.fragment or "@" in parts.netloc:
+      raise RemoteError(
+        f"{url}: a folder's URL has no #fragment, and no password in it"
+      )
+    else:
+      self._hub = None
+    self._opener = urllib.request.build_opener(_Redirects(anywhere=hub))
+
+  def __str__(self) -> str:
+    return self._url
+
+  def __truediv__(self, name: str) -> str:
+    """URL of a file in the folder."""
+    if self._hub:
+      host, repository, revision, folder = self._hub
+      path = f"{folder}/{name}".lstrip("/")
+      revision = self._revision or revision
+      return f"{host}/{repository}/resolve/{revision}/{path}"
+    parts = urllib.parse.urlsplit(self._url)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
+
+  def read_config(self) -> bytes:
+    """Returns the bytes of config.json.
+
+    Raises:
+      RemoteError: it is not there, or cannot be read.
+    """
+    data = bytearray()
+
+    def once() -> bool:
+      data.clear()
+      with self.open(CONFIG) as answer:
+        commit = answer.headers.get("X-Repo-Commit", "")
+        if self._hub and re.fullmatch("[0-9a-f]{40}", commit):
+          self._revision = commit  # of all further files, too
+        for chunk in self.chunks(answer, _MOST_CONFIG + 1):
+          data.extend(chunk)
+      if len(data) > _MOST_CONFIG:
+        raise RemoteError(
+          f"{self / CONFIG} is longer than {_MOST_CONFIG} bytes, as no export's"
+          " is"
+        )
+      told = answer.headers.get("Content-Length")
+      return told in (None, str(len(data)))
+
+    self.repeat(CONFIG, once)
+    return bytes(data)
+
+  def weights(self, config: Mapping[str, Any]) -> "RemoteFile":
+    """Returns the weights as a file, of which a config.json tells the size."""
+    size, digest = config["files"][WEIGHTS]["size"], config["header_sha256"]
+    if type(size) is not int or size < 0:
+      raise ValueError(f"size {size!r} of {WEIGHTS}")
+    return RemoteFile(self, size, digest, self._cache)
+
+  def open(self, name: str, span: tuple[int, int] | None = None) -> Any:
+    """Asks for a file, or a range of its bytes, once; a context manager."""
+    headers = {"User-Agent": "maestro", "Accept-Encoding": "identity"}
+    if span:
+      headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
+    request = urllib.request.Request(self / name, headers=headers)
+    return self._opener.open(request, timeout=TIMEOUT)
+
+  def chunks(self, answer: Any, most: int) -> Iterator[bytes]:
+    """Yields what an answer holds, up to a number of bytes; counts them."""
+    while most:
+      chunk = answer.read(min(most, _CHUNK))
+      if not chunk:
+        return
+      most -= len(chunk)
+      with self._lock:
+        self.received += len(chunk)
+      yield chunk
+
+  def repeat(self, name: str, once: Callable[[], bool]) -> None:
+    """Calls once() until it returns True, a few times.
+
+    Raises:
+      RemoteError: it never does, or there is no hope that it will.
+    """
+    for attempt in range(ATTEMPTS):
+      if attempt:
+        time.sleep(BACKOFF * 2 ** (attempt - 1))
+      try:
+        if once():
+          return
+        why = "the answer breaks off"
+      except urllib.error.HTTPError as error:
+        error.close()
+        why = f"{error.code} {error.reason}"
+        if error.code not in _AGAIN:
+          remedy = {
+            404: "give the URL of a folder made by python -m maestro.export",
+            416: "the file is shorter than config.json says; restore it",
+          }.get(error.code, "only what is public can be read")
+          raise RemoteError(
+            f"cannot read {self / name}: {why}; {remedy}"
+          ) from error
+      except http.client.HTTPException as error:
+        why = f"the answer breaks off ({error!r})"
+      except OSError as error:  # that of a URL, a timeout, a reset connection
+        why = str(getattr(error, "reason", error) or type(error).__name__)
+    raise RemoteError(
+      f"cannot read {self / name}: {why}, {ATTEMPTS} times in a row; check the"
+      " connection and the server, then call again: what has come is kept"
+    )
+
+
+class RemoteFile:
+  """A file on a server, read by ranges; as `safetensors_io.Reader` needs it."""
+
+  def __init__(
+    self, folder: Remote, size: int, header_sha256: str, cache: "_Cache"
+  ):
+    self._folder, self._size, self._cache = folder, size, cache
+    self._position = 0
+    self._held: dict[int, memoryview] = {}  # by where they begin
+    self._copy: IO[bytes] | None = None  # all of it, if ranges are ignored
+    self._copying = threading.Lock()
+    self._header_sha256 = header_sha256
+    self._header = cache.get(header_sha256) or b""
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    """Moves to an offset from the start or from the end."""
+    self._position = offset + (self._size if whence == os.SEEK_END else 0)
+    return self._position
+
+  def read(self, size: int) -> bytes | bytearray | memoryview:
+    """Reads on; what was not asked for by `prefetch` is asked for now."""
+    begin, end = self._position, min(self._position + size, self._size)
+    self._position = max(begin, end)
+    if begin >= end:
+      return b""
+    if end <= len(self._header):
+      return self._header[begin:end]
+    held = self._held.pop(begin, None)
+    if held is not None and len(held) == end - begin:
+      return held
+    return self._fetch(begin, end)
+
+  def close(self) -> None:
+    """Forgets what is held."""
+    self._held.clear()
+    if self._copy:
+      self._copy.close()
+
+  def keep_header(self, header: bytes) -> None:
+    """Puts a header that was found to be right into the cache."""
+    if not self._header:
+      self._cache.put(self._header_sha256, header)
+
+  def prefetch(self, blocks: Sequence[packing.Block]) -> None:
+    """Gets blocks from the cache or the server, many at a time.
+
+    Raises:
+      PackingError: one is not what was written.
+      RemoteError: the server does not send it.
+    """
+    missing = []
+    for block in sorted(blocks, key=lambda b: b.begin):
+      data = self._cache.get(block.sha256, block.end - block.begin)
+      if data is None:
+        missing.append(block)
+      else:
+        self._held[block.begin] = memoryview(data)
+    runs: list[list[packing.Block]] = []
+    for block in missing:
+      if runs and block.begin - runs[-1][-1].end <= _GAP:
+        runs[-1].append(block)
+      else:
+        runs.append([block])
+    if not runs:
+      return
+    self._get(runs[0])  # alone: it tells whether the server knows ranges
+    pool = concurrent.futures.ThreadPoolExecutor(_WORKERS)
+    try:
+      for done in [pool.submit(self._get, run) for run in runs[1:]]:
+        done.result()
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+  def _get(self, run: Sequence[packing.Block]) -> None:
+    first, last = run[0].begin, run[-1].end
+    data = memoryview(self._fetch(first, last))
+    for block in run:
+      part = data[block.begin - first : block.end - first]
+      if not _is(part, block.sha256):
+        again = memoryview(self._fetch(block.begin, block.end))
+        if not _is(again, block.sha256):
+          raise packing.PackingError(block.altered())
+        part = again
+      self._cache.put(block.sha256, part)
+      self._held[block.begin] = part
+
+  def _fetch(self, begin: int, end: int) -> bytearray:
+    """Gets a range of bytes, which goes on where it broke off."""
+    data = bytearray()
+
+    def once() -> bool:
+      if self._copy:
+        data[:] = os.pread(self._copy.fileno(), end - begin, begin)
+        return True
+      start = begin + len(data)
+      with self._folder.open(WEIGHTS, (start, end)) as answer:
+        if answer.status != 206:
+          return self._fetch_all(answer) and once()
+        self._check_range(answer.headers.get("Content-Range", ""), start, end)
+        for chunk in self._folder.chunks(answer, end - start):
+          data.extend(chunk)
+      return len(data) == end - begin
+
+    self._folder.repeat(WEIGHTS, once)
+    return data
+
+  def _check_range(self, told: str, begin: int, end: int) -> None:
+    """Raises unless an answer is of the bytes that were asked for."""
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", told.strip())
+    first, last, total = found.groups() if found else ("", "", "")
+    if found and total not in ("*", str(self._size)):
+      raise self._resized(total)
+    if (first, last) != (str(begin), str(end - 1)):
+      raise RemoteError(
+        f"{self._folder / WEIGHTS}: asked for bytes {begin} to {end - 1}, the"
+        f" server sends {told or 'no Content-Range'!r}; use another server"
+      )
+
+  def _resized(self, size: Any) -> RemoteError:
+    return RemoteError(
+      f"{self._folder / WEIGHTS} is altered: {size} bytes, {self._size} when it"
+      " was written; restore it, or export again"
+    )
+
+  def _fetch_all(self, answer: Any) -> bool:
+    """Copies a whole file, of a server that ignores ranges; once."""
+    with self._copying:
+      if self._copy:
+        return True
+      length = answer.headers.get("Content-Length")
+      if length is not None and length != str(self._size):
+        raise self._resized(length)
+      copy = tempfile.TemporaryFile()  # noqa: SIM115
+      for chunk in self._folder.chunks(answer, self._size + 1):
+        copy.write(chunk)
+      size = copy.tell()
+      copy.flush()
+      if size != self._size:
+        copy.close()
+        if size > self._size:
+          raise self._resized(f"more than {self._size}")
+        return False  # it broke off
+      self._copy, self._folder.whole = copy, True
+      warnings.warn(
+        f"{self._folder / WEIGHTS}: the server ignores ranges of bytes, so all"
+        f" of the {size} were read",
+        stacklevel=2,
+      )
+      return True
+
+
+def _is(data: bytes | memoryview, sha256: str) -> bool:
+  return hashlib.sha256(data).hexdigest() == sha256
+
+
+def _parse_hub(url: str) -> tuple[str, str, str, str]:
+  """hf://org/name[@revision][/folder]: (host, org/name, revision, folder)."""
+  name = r"[\w][\w.-]*"
+  found = re.fullmatch(
+    rf"hf://({name}/{name})(?:@([\w.-]+))?((?:/{name})*)", url
+  )
+  if not found:
+    raise RemoteError(
+      f"{url} is no hf://org/name[@revision][/folder]; of a revision with"
+      " slashes, give the commit"
+    )
+  host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+  repository, revision, folder = found.groups()
+  return host.rstrip("/"), repository, revision or "main", folder.strip("/")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+  """Follows redirects on one host; of hubs, to their stores as well."""
+
+  max_redirections = 5
+
+  def __init__(self, anywhere: bool):
+    self._anywhere = anywhere
+
+  def redirect_request(self, req, fp, code, msg, headers, newurl):
+    old, new = map(urllib.parse.urlsplit, (req.full_url, newurl))
+    known = new.scheme in ("http", "https")
+    if not known or (old.scheme == "https" and new.scheme == "http"):
+      raise RemoteError(
+        f"{req.full_url} redirects from {old.scheme} to {new.scheme}, which is"
+        " not followed"
+      )
+    upgraded = old.hostname == new.hostname and not (old.port or new.port)
+    if not (self._anywhere or old.netloc == new.netloc or upgraded):
+      raise RemoteError(
+        f"{req.full_url} redirects to another host, {new.netloc}; if you trust"
+        " it, give its own URL"
+      )
+    return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _Cache:
+  """Blocks by their sha256; without a folder that can be written, nothing."""
+
+  def __init__(self, root: pathlib.Path):
+    self._root: pathlib.Path | None = root
+
+  @classmethod
+  def at_home(cls) -> "_Cache":
+    own = os.environ.get("MAESTRO_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = pathlib.Path(own or f"{home}/maestro").expanduser()
+    return cls(root / "blocks")
+
+  def _path(self, digest: str) -> pathlib.Path | None:
+    named = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
+    return self._root / digest[:2] / digest if self._root and named else None
+
+  def get(self, digest: str, size: int | None = None) -> bytes | None:
+    """A block, unless it is not there, or damaged and thus deleted."""
+    path = self._path(digest)
+    if path is None:
+      return None
+    try:
+      fits = size is None or path.stat().st_size == size
+      data = path.read_bytes() if fits else b""
+    except OSError:
+      return None
+    if fits and _is(data, digest):
+      return data
+    with contextlib.suppress(OSError):
+      path.unlink()
+    return None
+
+  def put(self, digest: str, data: bytes | memoryview) -> None:
+    """Writes a block whole or not at all; a full disk is said, once."""
+    path = self._path(digest)
+    if path is None:
+      return
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+          file.write(data)
+          file.flush()
+          os.replace(file.name, path)
+        except BaseException:
+          os.unlink(file.name)
+          raise
+    except OSError as error:
+      root, self._root = self._root, None
+      warnings.warn(
+        f"the cache {root} cannot be written ({error.strerror}), and is not"
+        " used; set MAESTRO_CACHE to a folder that can",
+        stacklevel=2,
+      )
