@@ -168,7 +168,9 @@ class Remote:
         error.close()
         why = f"{error.code} {error.reason}"
         if error.code not in _AGAIN:
+          moved = "it redirects to where it is not followed"
           remedy = {
+            **dict.fromkeys(range(300, 400), moved),
             404: "give the URL of a folder made by python -m maestro.export",
             416: "the file is shorter than config.json says; restore it",
           }.get(error.code, "only what is public can be read")
@@ -181,7 +183,7 @@ class Remote:
         why = str(getattr(error, "reason", error) or type(error).__name__)
     raise RemoteError(
       f"cannot read {self / name}: {why}, {ATTEMPTS} times in a row; check the"
-      " connection and the server, then call again: what has come is kept"
+      " connection and the server, then call again: whole blocks that have come are kept"
     )
 
 

@@ -304,12 +304,7 @@ def test_a_server_that_ignores_ranges_is_read_whole_once(
   exported, server, close
 ):
   server.spoil = whole(exported)
-  with pytest.warns(
-    UserWarning,
-    match=f"ignores ranges.*{server.port_bytes}"
-    if hasattr(server, "port_bytes")
-    else "ignores ranges",
-  ):
+  with pytest.warns(UserWarning, match="ignores ranges"):
     loaded = read(server.url)
   close(loaded.variables, read(exported).variables, 0)
   config = (exported / "config.json").stat().st_size
@@ -333,7 +328,8 @@ def test_no_more_than_announced_is_read(exported, server):
     server.spoil = spoil
     with pytest.raises(ArtifactError, match=words):
       read(server.url)
-  assert remote.Remote(server.url).received == 0
+  # Of the endless one, not much more than what sockets hold.
+  assert server.sent <= 100 * size
 
 
 @pytest.mark.parametrize(
@@ -443,14 +439,24 @@ def test_another_host_is_not_followed(exported, server, close):
   with pytest.raises(ArtifactError, match="to another host, localhost"):
     read(server.url)
   server.spoil = redirect("file:///etc")
-  with pytest.raises(ArtifactError):
+  with pytest.raises(ArtifactError, match="redirects to where"):
     read(server.url)
-  assert {"https", "http"} >= {"http"}
-  policy = remote.Remote("https://example.org/any")._opener
-  (handler,) = [h for h in policy.handlers if hasattr(h, "redirect_request")]
-  request = remote.urllib.request.Request("https://example.org/any/config.json")
-  with pytest.raises(remote.RemoteError, match="from https to http"):
-    handler.redirect_request(request, None, 302, "", {}, "http://example.org/")
+
+
+def test_https_is_not_left(monkeypatch):
+  opened = []
+  monkeypatch.setattr(
+    remote.urllib.request, "build_opener", lambda policy: opened.append(policy)
+  )
+  for url in ("https://example.org/any", "hf://org/name"):
+    remote.Remote(url)
+    policy = opened.pop()
+    asked = remote.urllib.request.Request("https://example.org/config.json")
+    for other in ("http", "ftp"):
+      with pytest.raises(remote.RemoteError, match=f"from https to {other}"):
+        policy.redirect_request(
+          asked, None, 302, "", {}, f"{other}://example.org/"
+        )
 
 
 def test_a_hub_may_send_to_its_store(exported, server, close, monkeypatch):
