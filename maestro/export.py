@@ -75,6 +75,14 @@ def define_flags() -> None:
     "Keep the run's batch-norm statistics, which are of other ranks.",
   )
   flags.DEFINE_bool("stablehlo", default.stablehlo, f"Write {STABLEHLO}.")
+  flags.DEFINE_bool("int8", default.int8, "Store weights as int8.")
+  flags.DEFINE_float(
+    "int8_tolerance",
+    default.int8_tolerance,
+    "Largest relative difference that int8 makes; weights that would make it"
+    " larger stay as they are.",
+    lower_bound=0.0,
+  )
   flags.DEFINE_integer(
     "repeats",
     default.repeats,
@@ -120,6 +128,8 @@ def main(argv: list[str]) -> None:
       keep_statistics=values.keep_statistics,
       stablehlo=values.stablehlo,
       repeats=values.repeats,
+      int8=values.int8,
+      int8_tolerance=values.int8_tolerance,
     ),
   )
 

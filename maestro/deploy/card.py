@@ -5,7 +5,7 @@ their tools look for (`labels`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maestro.report.tables import markdown_table
@@ -47,7 +47,7 @@ def rows(config: Mapping[str, Any]) -> list[list[str]]:
 
 def checks(config: Mapping[str, Any]) -> list[str]:
   """Lists the relative differences that were measured, a line each."""
-  lines = []
+  lines = [*_int8(config)]
   for profile in config["profiles"]:
     found = profile["difference"]
     lines.append(
@@ -60,6 +60,33 @@ def checks(config: Mapping[str, Any]) -> list[str]:
       f" {config['stablehlo']['profile']} in memory"
     )
   return lines
+
+
+def _int8(config: Mapping[str, Any]) -> Iterator[str]:
+  """What int8 weights change of each size, and where they are."""
+  forms = config["weights"]
+  if forms:
+    left = ", ".join(forms["float32"])
+    n = len(forms["int8"]) + len(forms["float32"])
+    yield f"int8: {len(forms['int8'])} of {n} weights" + (
+      f"; as they were, or the difference would be too large: {left}"
+      if left
+      else ""
+    )
+  for profile in config["profiles"]:
+    if "float32" not in profile:
+      continue
+    scores = []
+    for split, metrics in profile["float32"]["metrics"].items():
+      if "accuracy" in metrics:
+        new = profile["metrics"][split]["accuracy"]
+        scores.append(
+          f", {split} accuracy {new:.4f} and {metrics['accuracy']:.4f}"
+        )
+    yield (
+      f"{profile['name']}: {profile['difference']['int8']:.1e} between int8 and"
+      f" float32 weights{''.join(scores)}"
+    )
 
 
 def slower(config: Mapping[str, Any]) -> list[str]:

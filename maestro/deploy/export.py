@@ -21,6 +21,7 @@ from maestro.deploy import (
   card,
   levels,
   packing,
+  rounding,
   slices,
   stablehlo,
   verify,
@@ -92,12 +93,16 @@ class Options:
       other ranks, instead of computing them anew from training data.
     stablehlo: writes model.stablehlo, of the largest size.
     repeats: forward passes of which the latency is the median; 0 measures none.
+    int8: stores weights as int8, as many of them as `int8_tolerance` allows.
+    int8_tolerance: largest relative difference to the network in float32.
   """
 
   tolerance: float = 1e-4
   keep_statistics: bool = False
   stablehlo: bool = True
   repeats: int = 30
+  int8: bool = False
+  int8_tolerance: float = 1e-2
 
 
 def export(
@@ -160,7 +165,13 @@ def export(
     cuts = _with_data(run, cuts, dataset, fresh)
   else:
     log("no data set: not evaluated")
+  forms = {}
+  if options.int8:
+    cuts, forms = _round(run, cuts, options.int8_tolerance)
+    if dataset is not None:
+      cuts = _with_data(run, cuts, dataset, fresh)
   config = _describe(run, cuts, checkpoint, fresh)
+  config["weights"] = forms
   _add_latency(run, cuts, config, options.repeats)
   with artifact.new_directory(out) as new:
     _write(run, new, cuts, config, options, outputs)
@@ -212,6 +223,23 @@ def _cut(
     "latency_ms": {},
   }
   return Cut(size, {"params": small, **norms}, record)
+
+
+def _round(
+  run: opened.Run, cuts: Sequence[Cut], tolerance: float
+) -> tuple[list[Cut], dict[str, list[str]]]:
+  """Rounds weights to int8: networks, and which weights are and are not."""
+  networks = [cut.variables for cut in cuts]
+  outputs = verify.make_outputs(run.model, run.facts.example, n=32)
+  pairs, forms = rounding.fit(
+    run.params, _profiles(cuts), run.layers, networks, outputs, tolerance
+  )
+  done = []
+  for cut, (variables, found) in zip(cuts, pairs, strict=True):
+    record = dict(cut.record, float32={"metrics": cut.record["metrics"]})
+    record["difference"] = record["difference"] | {"int8": found}
+    done.append(Cut(cut.size, variables, record))
+  return done, forms
 
 
 def _own_sizes(run: opened.Run) -> tuple[Size, ...]:
@@ -342,13 +370,12 @@ def _write(
   outputs: Callable,
 ) -> None:
   """Writes all but the card, and compares it with what is in memory."""
-  profiles = [
-    Profile(
-      cut.size.name, cut.record["ranks"], cut.variables.get("batch_stats", {})
-    )
-    for cut in cuts
-  ]
-  tensors, config["tensors"] = packing.pack(run.params, profiles, run.layers)
+  tensors, config["tensors"] = packing.pack(
+    run.params,
+    _profiles(cuts),
+    run.layers,
+    int8=config["weights"].get("int8", ()),
+  )
   header = safetensors_io.write(new / WEIGHTS, tensors, METADATA)
   config["header_sha256"] = artifact.sha256(header)
   if options.stablehlo:
@@ -362,6 +389,15 @@ def _write(
     verify.check(found, options.tolerance, f"{name}: the file", "the network")
     record["difference"]["reloaded"] = found
     record["read_bytes"] = loaded.bytes_read
+
+
+def _profiles(cuts: Sequence[Cut]) -> list[Profile]:
+  return [
+    Profile(
+      cut.size.name, cut.record["ranks"], cut.variables.get("batch_stats", {})
+    )
+    for cut in cuts
+  ]
 
 
 def _write_stablehlo(

@@ -14,7 +14,7 @@ of a factor, the rows between the ranks of consecutive profiles.
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,7 +115,7 @@ def pack(
     profiles: the largest first, in every layer at most the one before. They
       name every layer that holds factors.
     layers: {path: LayerSpec}.
-    int8: paths of the layers whose weights are stored as int8.
+    int8: paths of the weights and factors to store as int8, e.g. "fc1/u".
 
   Returns:
     {name: array}, and {name: {"sha256": of each block, "rows": where the blocks
@@ -124,23 +124,8 @@ def pack(
   Raises:
     PackingError: profiles are not nested, or a weight is in there twice.
   """
-  check_nested(profiles)
-  largest = rank_tree(profiles[0].ranks)
-  ends = {
-    path: sorted({_stored(p.ranks[path]) for p in profiles})
-    for path in trees.factored(params, layers)
-  }
-
-  def where(path: str) -> bool:
-    spec, sizes = layers[path], ends[path]
-    cheap = lowrank.dense_is_cheaper(spec.n_in, spec.n_out, sizes[-1])
-    return cheap and len(sizes) == 1
-
-  @jax.jit  # one compilation, where op by op there would be hundreds
-  def cut(params):
-    return lowrank.merge(lowrank.truncate(params, largest), layers, where=where)
-
-  params = jax.device_get(cut(params))
+  ends = _ends(params, profiles, layers)
+  params = laid_out(params, profiles, layers)
   tensors: dict[str, np.ndarray] = {}
   blocks: dict[str, dict[str, Any]] = {}
   factored = trees.factored(params, layers)
@@ -155,7 +140,7 @@ def pack(
       axes = int8_lib.factor_axes(spec, x.ndim)
     elif spec and leaf == spec.weight:
       axes = int8_lib.weight_axes(spec)
-    if layer in int8 and axes is not None:
+    if path in int8 and axes is not None:
       x, scales = int8_lib.quantize(x, axes)
       tensors[_SCALES + name] = scales
       blocks[_SCALES + name] = _digests(scales, rows)
@@ -169,6 +154,41 @@ def pack(
       blocks[name] = {"sha256": [_sha256(tensors[name])]}
   _check_ties(tensors, blocks, factored)
   return tensors, blocks
+
+
+def _ends(params, profiles, layers) -> dict[str, list[int]]:
+  """Rows of each layer's factors in the profiles, in ascending order."""
+  return {
+    path: sorted({_stored(p.ranks[path]) for p in profiles})
+    for path in trees.factored(params, layers)
+  }
+
+
+def laid_out(
+  params: Any, profiles: Sequence[Profile], layers: Mapping[str, LayerSpec]
+) -> Any:
+  """Cuts to the largest profile, and merges what `pack` stores merged.
+
+  Takes what `pack` takes, and returns a tree of host arrays: what is stored, in
+  the axes of the layers.
+
+  Raises:
+    PackingError: profiles are not nested.
+  """
+  check_nested(profiles)
+  largest = rank_tree(profiles[0].ranks)
+  ends = _ends(params, profiles, layers)
+
+  def where(path: str) -> bool:
+    spec, sizes = layers[path], ends[path]
+    cheap = lowrank.dense_is_cheaper(spec.n_in, spec.n_out, sizes[-1])
+    return cheap and len(sizes) == 1
+
+  @jax.jit  # one compilation, where op by op there would be hundreds
+  def cut(params):
+    return lowrank.merge(lowrank.truncate(params, largest), layers, where=where)
+
+  return jax.device_get(cut(params))
 
 
 def _digests(x: np.ndarray, rows: Sequence[int] | None) -> dict[str, Any]:
@@ -294,14 +314,21 @@ def assemble(
   layers: Mapping[str, LayerSpec],
 ) -> dict[str, Any]:
   """Turns what `unpack` returned into the variables of the small network."""
-  stored = trees.factored(params, layers)
-  ranks = rank_tree({path: profile["ranks"][path] for path in stored})
-  # Jitted: one compilation, where op by op there would be hundreds.
-  extract = jax.jit(lambda p: lowrank.extract(p, ranks, layers))
+  extract = extractor(params, profile["ranks"], layers)
   variables = {"params": extract(params)}
   if batch_stats:
     variables["batch_stats"] = batch_stats
   return jax.tree.map(jnp.asarray, variables)
+
+
+def extractor(
+  params: Any, ranks: Mapping[str, Any], layers: Mapping[str, LayerSpec]
+) -> Callable[[Any], Any]:
+  """Returns extract(params) for trees like params, some layers of it merged."""
+  stored = trees.factored(params, layers)
+  tree = rank_tree({path: ranks[path] for path in stored})
+  # Jitted: one compilation, where op by op there would be hundreds.
+  return jax.jit(lambda p: lowrank.extract(p, tree, layers))
 
 
 def _factor(name, block, profile, layers) -> tuple[str, str, int]:

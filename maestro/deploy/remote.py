@@ -183,7 +183,8 @@ class Remote:
         why = str(getattr(error, "reason", error) or type(error).__name__)
     raise RemoteError(
       f"cannot read {self / name}: {why}, {ATTEMPTS} times in a row; check the"
-      " connection and the server, then call again: whole blocks that have come are kept"
+      " connection and the server, then call again: whole blocks that have come"
+      " are kept"
     )
 
 

@@ -25,8 +25,8 @@ def make_inputs(example: Any, n: int = 8) -> np.ndarray:
   return rng.standard_normal(shape).astype(dtype)
 
 
-def make_outputs(model: Any, example: Any) -> Callable[..., Any]:
-  """Returns outputs(variables, ranks=None) on random inputs, in float32.
+def make_outputs(model: Any, example: Any, n: int = 8) -> Callable[..., Any]:
+  """Returns outputs(variables, ranks=None) on n random inputs, in float32.
 
   With ranks, the parameters are masked at them: the definition of a network at
   these ranks. A network that computes in bfloat16 would hide any difference
@@ -34,7 +34,7 @@ def make_outputs(model: Any, example: Any) -> Callable[..., Any]:
   """
   if getattr(model, "dtype", None) is not None:
     model = model.clone(dtype="float32")
-  x, told = make_inputs(example), mode(model, train=False)
+  x, told = make_inputs(example, n), mode(model, train=False)
 
   @ops.jit_precise  # ranks are traced: one compilation for all masks
   def forward(variables, ranks):
