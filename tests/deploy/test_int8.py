@@ -1,6 +1,8 @@
 """int8 weights: every size from one file, its error bounded and told."""
 
 import dataclasses
+import pathlib
+import re
 import shutil
 
 import jax
@@ -15,6 +17,7 @@ from maestro.deploy import files as safetensors_io
 from maestro.deploy.network import as_run
 
 CASES = ("conv_grouped", "general_batches", "embed_tied", "scan")
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "export.md"
 QUIET = {"log": lambda line: None}
 
 
@@ -186,15 +189,17 @@ def test_what_it_changes_is_printed_and_kept(exported):
     assert text.count(f"test accuracy {after:.4f} and {before:.4f}") >= 2
 
 
-def test_the_readers_of_the_docs_read_int8(exported, close):
-  from safetensors import safe_open
-
+def test_the_reader_of_the_docs_reads_int8(exported, close):
   root, _ = exported
-  _, variables = maestro.load(root / "int8", profile="middle", model=MODEL)
-  with safe_open(root / "int8" / "model.safetensors", "numpy") as file:
-    u = file.get_slice("params/fc1/u")[:9]
-    s = file.get_slice("scales/params/fc1/u")[:9]
-  close((u * s).T, variables["params"]["fc1"]["u"], 1e-6)
+  text = DOCS.read_text().split("## Any size without maestro")[1]
+  names = {}
+  exec(re.findall(r"```python\n(.*?)```", text, re.S)[0], names)
+  for size in RANKS:
+    w = names["load"](root / "int8", size)
+    model, variables = maestro.load(root / "int8", profile=size, model=MODEL)
+    close(w["params/fc1/u"].T, variables["params"]["fc1"]["u"], 1e-6)
+    found = names["mlp"](w, X.reshape(len(X), -1), 3)
+    close(found, np.asarray(model.apply(variables, X)))
 
 
 def test_layers_that_would_differ_too_much_stay(tmp_path):
