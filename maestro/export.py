@@ -75,6 +75,9 @@ def define_flags() -> None:
     "Keep the run's batch-norm statistics, which are of other ranks.",
   )
   flags.DEFINE_bool("stablehlo", default.stablehlo, f"Write {STABLEHLO}.")
+  flags.DEFINE_bool(
+    "onnx", default.onnx, "Write ONNX of every size; needs jax2onnx."
+  )
   flags.DEFINE_bool("int8", default.int8, "Store weights as int8.")
   flags.DEFINE_float(
     "int8_tolerance",
@@ -128,6 +131,7 @@ def main(argv: list[str]) -> None:
       keep_statistics=values.keep_statistics,
       stablehlo=values.stablehlo,
       repeats=values.repeats,
+      onnx=values.onnx,
       int8=values.int8,
       int8_tolerance=values.int8_tolerance,
     ),

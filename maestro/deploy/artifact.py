@@ -32,7 +32,6 @@ from maestro.deploy import files as safetensors_io
 from maestro.deploy import packing, remote, slices
 from maestro.deploy.directory import (
   CONFIG,
-  FILES,
   FORMAT,
   FORMAT_VERSION,
   READABLE,
@@ -40,6 +39,7 @@ from maestro.deploy.directory import (
   WEIGHTS,
   ArtifactError,
   file_sha256,
+  is_ours,
   sha256,
 )
 from maestro.deploy.directory import check_target as check_target
@@ -211,7 +211,7 @@ def read_config(directory: pathlib.Path | remote.Remote) -> dict[str, Any]:
     if WEIGHTS not in config["files"]:
       raise ArtifactError(f"{path} lists no {WEIGHTS}; {_REMEDY}")
     for name, file in config["files"].items():
-      if name not in FILES:
+      if not is_ours(name):
         raise ArtifactError(
           f"{path} lists {name!r}, which is no file of an export; {_REMEDY}"
         )

@@ -59,6 +59,10 @@ def checks(config: Mapping[str, Any]) -> list[str]:
       f"model.stablehlo: {config['stablehlo']['difference']:.1e} from"
       f" {config['stablehlo']['profile']} in memory"
     )
+  for size, record in config.get("onnx", {}).items():
+    lines.append(
+      f"{record['file']}: {record['difference']:.1e} from {size} in memory"
+    )
   return lines
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -18,9 +19,9 @@ FORMAT_VERSION = 3
 # slices.json, and other metadata in the weights.
 READABLE = (1, 2, 3)
 WEIGHTS, CONFIG, SLICES = "model.safetensors", "config.json", "slices.json"
-STABLEHLO, ONNX = "model.stablehlo", "model.onnx"
+STABLEHLO = "model.stablehlo"
 CARD, OLD_CARD = "README.md", "card.md"
-FILES = (WEIGHTS, SLICES, STABLEHLO, ONNX, CARD, OLD_CARD)  # beside config.json
+FILES = (WEIGHTS, SLICES, STABLEHLO, CARD, OLD_CARD)  # beside config.json
 
 # Of the weights. Other libraries want a framework that they know as "format".
 METADATA = {
@@ -32,6 +33,11 @@ METADATA = {
 
 class ArtifactError(UserError):
   """An exported directory cannot be written, read or trusted."""
+
+
+def is_ours(name: str) -> bool:
+  """Whether an export may hold a file of that name, beside config.json."""
+  return name in FILES or bool(re.fullmatch(r"model\.[\w.-]+\.onnx", name))
 
 
 def sha256(data: bytes) -> str:
@@ -60,7 +66,7 @@ def check_target(out: pathlib.Path) -> None:
     return
   try:
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    listed = set(config["files"]) & set(FILES)
+    listed = {name for name in config["files"] if is_ours(name)}
     ours = {CONFIG, *listed} if config["format"] == FORMAT else set()
   except (OSError, ValueError, KeyError, TypeError):
     ours = set()

@@ -13,20 +13,18 @@ import maestro
 from maestro import data as data_lib
 from maestro import lowrank, trees
 from maestro.cost import budget as budget_lib
-from maestro.cost import profiles as profiles_lib
 from maestro.cost.count import Cost, count_cost
 from maestro.cost.latency import measure_latencies
 from maestro.deploy import (
   artifact,
   card,
-  levels,
+  onnx,
   packing,
   rounding,
   slices,
   stablehlo,
   verify,
 )
-from maestro.deploy import choose as allocate
 from maestro.deploy import files as safetensors_io
 from maestro.deploy.directory import (
   CARD,
@@ -37,7 +35,10 @@ from maestro.deploy.directory import (
   WEIGHTS,
 )
 from maestro.deploy.packing import Profile
-from maestro.errors import UserError
+from maestro.deploy.sizes import ExportError as ExportError
+from maestro.deploy.sizes import Size as Size
+from maestro.deploy.sizes import choose_sizes as choose_sizes
+from maestro.deploy.sizes import own_sizes
 from maestro.models import MODELS
 from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.report.tables import text_table
@@ -45,27 +46,6 @@ from maestro.runs.provenance import git_commit
 from maestro.training import build, opened
 
 _BATCHES = (1, 64)  # at which latency is measured
-
-
-class ExportError(UserError):
-  """A network cannot be exported, or is not equal to what it was cut from."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-  """A network to cut out of a run.
-
-  Attributes:
-    name: by which it is loaded.
-    ranks: rank tree.
-    budget: that the ranks were chosen for, None if there was none.
-    batch_stats: its own, of a level that was trained; None: to be computed.
-  """
-
-  name: str
-  ranks: Any
-  budget: str | None = None
-  batch_stats: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,6 +72,7 @@ class Options:
     keep_statistics: keeps the run's batch-norm statistics, which belong to
       other ranks, instead of computing them anew from training data.
     stablehlo: writes model.stablehlo, of the largest size.
+    onnx: writes ONNX of every size, if jax2onnx is installed.
     repeats: forward passes of which the latency is the median; 0 measures none.
     int8: stores weights as int8, as many of them as `int8_tolerance` allows.
     int8_tolerance: largest relative difference to the network in float32.
@@ -100,6 +81,7 @@ class Options:
   tolerance: float = 1e-4
   keep_statistics: bool = False
   stablehlo: bool = True
+  onnx: bool = False
   repeats: int = 30
   int8: bool = False
   int8_tolerance: float = 1e-2
@@ -137,7 +119,9 @@ def export(
   """
   out = pathlib.Path(out).absolute()
   artifact.check_target(out)
-  sizes = sizes or _own_sizes(run)
+  if options.onnx:
+    onnx.check_installed()
+  sizes = sizes or own_sizes(run)
   # Before anything that takes long.
   packing.check_nested(
     [Profile(s.name, trees.flatten_ranks(s.ranks), {}) for s in sizes]
@@ -240,18 +224,6 @@ def _round(
     record["difference"] = record["difference"] | {"int8": found}
     done.append(Cut(cut.size, variables, record))
   return done, forms
-
-
-def _own_sizes(run: opened.Run) -> tuple[Size, ...]:
-  """The levels of a nested run, or the ranks of another."""
-  found = levels.trained(run)
-  if not found:
-    return (Size("own", run.ranks),)
-  return tuple(_level(b, tree, stats) for b, tree, stats in found)
-
-
-def _level(budget: budget_lib.Budget, tree: Any, stats: Any) -> Size:
-  return Size(str(budget).removeprefix("macs:"), tree, str(budget), stats)
 
 
 def _norms(run: opened.Run) -> dict[str, Any]:
@@ -381,6 +353,11 @@ def _write(
   if options.stablehlo:
     hlo = _write_stablehlo(run, new, cuts[0], outputs, options.tolerance)
     config["stablehlo"] = {"profile": cuts[0].size.name, **hlo}
+  if options.onnx:
+    networks = {cut.size.name: cut.variables for cut in cuts}
+    config["onnx"] = onnx.write_sizes(
+      new, run.model, networks, run.facts.example, options.tolerance
+    )
   artifact.write_config(new, config)
   for cut in cuts:
     name, record = cut.size.name, cut.record
@@ -418,77 +395,3 @@ def _write_stablehlo(
   found = verify.difference(outputs(cut.variables), again)
   verify.check(found, tolerance, STABLEHLO, "the exported network")
   return record | {"difference": found}
-
-
-# ---------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------
-
-
-def choose_sizes(
-  run: opened.Run,
-  *,
-  budget: str | None = None,
-  ranks: str | None = None,
-  profiles: Sequence[str] = (),
-  rule: str | None = None,
-  dataset: data_lib.Dataset | None = None,
-  log: Callable[[str], None] | None = None,
-) -> tuple[Size, ...]:
-  """Turns what a command line asks for into sizes; () is the run's own ranks.
-
-  Args:
-    run: from `maestro.training.opened.open_run`.
-    budget: "kind:value", see `maestro.cost.budget`.
-    ranks: path of a profile file, {"ranks": {layer path: rank}}.
-    profiles: fractions of the dense network's MACs.
-    rule: of `maestro.allocate`; None is greedy, and dp for profiles.
-    dataset: of the run, for the rules that measure.
-    log: called with lines about the progress of a long search.
-
-  Raises:
-    UserError: more than one is given, or one does not fit the run.
-  """
-  if sum(map(bool, (budget, ranks, profiles))) > 1:
-    raise ExportError("give one of --budget, --ranks and --profiles")
-  if ranks:
-    profile = profiles_lib.read_profile(ranks)
-    tree = profiles_lib.parse_profile(
-      profile, run.layers, run.params, run.ranks
-    )
-    if log and levels.off_chain(run, tree):
-      log(f"{ranks}: {levels.warning(run, tree, dataset)}")
-    return (Size(pathlib.Path(ranks).stem, tree),)
-  if not (budget or profiles):
-    return ()
-  wanted = [budget_lib.Budget.parse(budget)] if budget else []
-  wanted += {budget_lib.Budget.parse(f"macs:{text}") for text in profiles}
-  wanted.sort(key=lambda b: -b.value)
-  if run.levels:
-    if rule is not None:
-      raise ExportError(
-        f"--rule={rule}: a nested network has the ranks of its levels; leave it"
-        " out"
-      )
-    pairs = levels.choose(run, wanted, log)
-    return tuple(
-      _level(b, *found) for b, found in zip(wanted, pairs, strict=True)
-    )
-  found = allocate.choose_profiles(  # nested
-    run,
-    wanted,
-    rule=rule or ("greedy" if budget else "dp"),
-    dataset=dataset,
-    log=log,
-  )
-  sizes = []
-  for b, tree in zip(wanted, found, strict=True):
-    if not any(map(np.any, trees.flatten_ranks(tree).values())):
-      kind = "macs" if b.kind == budget_lib.LATENCY else b.kind
-      table = budget_lib.cost_tables(run.layers, run.params, run.ranks, kind)
-      raise ExportError(
-        f"budget {b}: rank 0 in every layer leaves a network of biases; with a"
-        f" component in each, it is {kind}:{table.least_useful:.4f}"
-      )
-    sizes.append(Size(str(b).removeprefix("macs:"), tree, str(b)))
-  return tuple(sizes)
