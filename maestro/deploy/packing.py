@@ -134,7 +134,8 @@ def pack(
     layer, _, leaf = path.rpartition("/")
     name, spec = f"params/{path}", layers.get(layer)
     rows = axes = None
-    if spec and layer in factored and leaf in ("u", "v"):
+    if layer in factored and leaf in ("u", "v"):
+      spec = layers[layer]
       x = np.moveaxis(x, _rank_axis(leaf, x.ndim, spec), 0)
       rows = [end for end in ends[layer] if end]
       axes = int8_lib.factor_axes(spec, x.ndim)

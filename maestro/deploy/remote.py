@@ -280,7 +280,9 @@ class RemoteFile:
 
     def once() -> bool:
       if self._copy:
-        data[:] = os.pread(self._copy.fileno(), end - begin, begin)
+        with self._copying:
+          self._copy.seek(begin)
+          data[:] = self._copy.read(end - begin)
         return True
       start = begin + len(data)
       with self._folder.open(WEIGHTS, (start, end)) as answer:
@@ -321,15 +323,18 @@ class RemoteFile:
       if length is not None and length != str(self._size):
         raise self._resized(length)
       copy = tempfile.TemporaryFile()  # noqa: SIM115
-      for chunk in self._folder.chunks(answer, self._size + 1):
-        copy.write(chunk)
-      size = copy.tell()
-      copy.flush()
-      if size != self._size:
-        copy.close()
+      try:
+        for chunk in self._folder.chunks(answer, self._size + 1):
+          copy.write(chunk)
+        size = copy.tell()
         if size > self._size:
           raise self._resized(f"more than {self._size}")
-        return False  # it broke off
+        if size < self._size:
+          copy.close()
+          return False  # it broke off
+      except BaseException:
+        copy.close()
+        raise
       self._copy, self._folder.whole = copy, True
       warnings.warn(
         f"{self._folder / WEIGHTS}: the server ignores ranges of bytes, so all"
@@ -347,7 +352,7 @@ def _parse_hub(url: str) -> tuple[str, str, str, str]:
   """hf://org/name[@revision][/folder]: (host, org/name, revision, folder)."""
   name = r"[\w][\w.-]*"
   found = re.fullmatch(
-    rf"hf://({name}/{name})(?:@([\w.-]+))?((?:/{name})*)", url
+    rf"hf://({name}/{name})(?:@({name}))?((?:/{name})*)", url
   )
   if not found:
     raise RemoteError(

@@ -67,9 +67,11 @@ def weighted(params: Any, layers: Mapping[str, LayerSpec]) -> dict[str, int]:
   return found
 
 
-def _axes(node: Mapping[str, Any], spec: LayerSpec) -> dict[str, range]:
+def _axes(node: Any, spec: LayerSpec) -> dict[str, range]:
   """{leaf: the axes within a channel}, as the layer holds its weight."""
   lead = len(spec.lead)
+  if not isinstance(node, Mapping):  # of kind "other"
+    return {}
   if "u" in node:
     return {
       "u": range(lead, node["u"].ndim - 1),

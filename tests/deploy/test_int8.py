@@ -16,7 +16,7 @@ from maestro.deploy import artifact, export, int8, packing, rounding, verify
 from maestro.deploy import files as safetensors_io
 from maestro.deploy.network import as_run
 
-CASES = ("conv_grouped", "general_batches", "embed_tied", "scan")
+CASES = ("conv_grouped", "embed_tied", "scan")
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "export.md"
 QUIET = {"log": lambda line: None}
 
