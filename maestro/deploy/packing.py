@@ -256,9 +256,9 @@ def unpack(
 
   def whole(name: str) -> np.ndarray:
     if "rows" not in blocks[name]:
-      return found[name][0]
+      return found.pop(name)[0]
     first = reader.read(name, 0, 0)  # rank 0 has a shape, too
-    return np.concatenate([first, *found.get(name, ())])
+    return np.concatenate([first, *found.pop(name, ())])
 
   statistics = f"batch_stats/{profile['name']}/"
   params, batch_stats = {}, {}
