@@ -68,7 +68,10 @@ class Remote:
     self._cache = _Cache.at_home()
     self._lock = threading.Lock()
     self._revision = ""
-    parts = urllib.parse.urlsplit(self._url)
+    try:
+      parts = urllib.parse.urlsplit(self._url)
+    except ValueError as error:
+      raise RemoteError(f"{url} is no URL: {error}") from error
     hub = parts.scheme == "hf"
     if hub:
       self._hub = _parse_hub(self._url)
@@ -177,6 +180,8 @@ class Remote:
           raise RemoteError(
             f"cannot read {self / name}: {why}; {remedy}"
           ) from error
+      except (http.client.InvalidURL, UnicodeError) as error:
+        raise RemoteError(f"{self / name} is no URL: {error}") from error
       except http.client.HTTPException as error:
         why = f"the answer breaks off ({error!r})"
       except OSError as error:  # that of a URL, a timeout, a reset connection
@@ -240,6 +245,8 @@ class RemoteFile:
     """
     missing = []
     for block in sorted(blocks, key=lambda b: b.begin):
+      if block.begin == block.end:
+        continue
       data = self._cache.get(block.sha256, block.end - block.begin)
       if data is None:
         missing.append(block)
@@ -277,6 +284,8 @@ class RemoteFile:
   def _fetch(self, begin: int, end: int) -> bytearray:
     """Gets a range of bytes, which goes on where it broke off."""
     data = bytearray()
+    if begin == end:  # no range can ask for nothing
+      return data
 
     def once() -> bool:
       if self._copy:
