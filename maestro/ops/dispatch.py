@@ -2,20 +2,42 @@
 
 import contextlib
 import contextvars
+import functools
 import math
+import types
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from maestro.ops import switch, xla
+from maestro.ops import pallas_tpu, switch, xla
 from maestro.trees import check_rank
 
 Rank = int | Int[Array, "*lead"] | np.integer | None
-IMPLEMENTATIONS = {"xla": xla, "switch": switch}
+IMPLEMENTATIONS = {
+  "xla": xla,
+  "switch": switch,
+  "pallas_tpu": pallas_tpu,
+  "interpret": types.SimpleNamespace(
+    dot=functools.partial(pallas_tpu.dot, interpret=True),
+    conv=functools.partial(pallas_tpu.conv, interpret=True),
+  ),
+}
+
+# What runs products of a traced rank whose cost follows it: where, and when it
+# is worth it (of what is preferred; what is named is used in any case).
+#
+# | implementation | devices        | products of a traced rank               |
+# |----------------|----------------|-----------------------------------------|
+# | switch         | one CPU        | dense, >= 2^15 weights, few rows        |
+# | pallas_tpu     | TPUs           | dense and 1 x 1, R >= 256, below        |
+# |                |                | break-even, >= 128 rows, in and out     |
+# | xla            | all others     | all others                              |
+_DEVICES = {("cpu", False): "switch"}
+_DEVICES |= {("tpu", several): "pallas_tpu" for several in (False, True)}
 
 _preferred: contextvars.ContextVar[str] = contextvars.ContextVar(
   "preferred", default="xla"
@@ -23,22 +45,46 @@ _preferred: contextvars.ContextVar[str] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def prefer(implementation: str) -> Iterator[None]:
+def prefer(
+  implementation: str,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  rows: tuple[str, ...] = (),
+) -> Iterator[None]:
   """Products that are traced within use this one where it pays.
 
   Those that name an implementation keep theirs. "xla" is everyone's default:
-  it has all derivatives, and its products divide over devices. "switch" pays
-  for a traced rank of a dense layer, see `switch.pays`, on one CPU device; its
-  cost follows the rank.
+  it has all derivatives, and its products divide over devices. Of a traced rank
+  "switch" pays for dense layers on one CPU device, see `switch.pays`, and
+  "pallas_tpu" on TPUs, see `pallas_tpu.pays`; their cost follows the rank.
+
+  Args:
+    implementation: see `lowrank_dot`.
+    mesh: of the devices over which rows are divided; kernels cannot tell.
+    rows: its axes that divide them.
 
   Raises:
     ValueError: there is none of this name.
   """
   token = _preferred.set(_known(implementation))
   try:
-    yield
+    if mesh is None or mesh.size == 1:
+      yield
+    else:
+      with pallas_tpu.divided(mesh, rows):
+        yield
   finally:
     _preferred.reset(token)
+
+
+def follows_rank(platform: str, devices: int = 1) -> str:
+  """What to prefer where ranks fall as a program runs; "xla" has nothing.
+
+  Args:
+    platform: "cpu", "gpu" or "tpu".
+    devices: over which rows are divided.
+  """
+  return _DEVICES.get((platform, devices > 1), "xla")
 
 
 def _known(implementation: str) -> str:
@@ -50,11 +96,32 @@ def _known(implementation: str) -> str:
   return implementation
 
 
-def _choose(implementation: str | None, pays: bool) -> Any:
-  """The module of an implementation; `pays` says whether a switch does."""
+class _Sizes(NamedTuple):
+  """Of a product x u_r v_r of a traced rank, and how it is computed."""
+
+  rows: Any
+  n_in: int
+  full_rank: int
+  n_out: int
+  dtype: Any
+  precision: Any
+
+
+def _pays(implementation: str, sizes: _Sizes, conv: bool) -> bool:
+  """Whether it is worth to prefer this one over "xla"."""
+  if implementation == "switch":
+    return not conv and switch.pays(sizes.rows, sizes.n_in, sizes.n_out)
+  return implementation != "pallas_tpu" or pallas_tpu.pays(*sizes)
+
+
+def _choose(
+  implementation: str | None, sizes: _Sizes | None, conv: bool = False
+) -> Any:
+  """The module of an implementation; None is what is preferred and pays."""
   if implementation is None:
-    preferred = _preferred.get()
-    implementation = "xla" if preferred == "switch" and not pays else preferred
+    implementation = _preferred.get()
+    if sizes is None or not _pays(implementation, sizes, conv):
+      implementation = "xla"
   return IMPLEMENTATIONS[_known(implementation)]
 
 
@@ -93,10 +160,12 @@ def lowrank_dot(
       out of [0, R] raise, traced ones are clipped. Rank 0 gives the bias.
     bias: added to every row.
     precision: as for `jax.numpy.dot`.
-    implementation: "xla" masks a traced rank, at the cost of the full one;
-      "switch" runs at the next of a few static ranks, so that its cost follows
-      the rank, and has first derivatives by reverse mode only; None is "xla",
-      or what `prefer` says.
+    implementation: "xla" masks a traced rank, at the cost of the full one; the
+      others have first derivatives by reverse mode only, and a cost that
+      follows the rank: "switch" runs at the next of a few static ranks,
+      "pallas_tpu" by kernels for TPUs, of float32 or bfloat16 (elsewhere by
+      masks), "interpret" by the same kernels, slowly, on any device. None is
+      "xla", or what `prefer` says. A static rank is sliced in any case.
   """
   if x.shape[-1] != u.shape[0] or u.shape[1] != v.shape[0]:
     raise ValueError(
@@ -104,9 +173,12 @@ def lowrank_dot(
       " expected x [..., in], u [in, R], v [R, out]"
     )
   u, v, rank = _prefix(u, v, rank, 0)
-  rows = math.prod(x.shape[:-1])
-  pays = rank is not None and switch.pays(rows, u.shape[0], v.shape[1])
-  return _choose(implementation, pays).dot(
+  sizes = None
+  if rank is not None:
+    rows, dtype = math.prod(x.shape[:-1]), jnp.result_type(x, u, v)
+    (n_in, full_rank), n_out = u.shape, v.shape[1]
+    sizes = _Sizes(rows, n_in, full_rank, n_out, dtype, precision)
+  return _choose(implementation, sizes).dot(
     x, u, v, rank, bias=bias, precision=precision
   )
 
@@ -141,7 +213,8 @@ def lowrank_conv(
     bias: [out], added to every pixel.
     precision: as for `lax.conv_general_dilated`.
     implementation: as for `lowrank_dot`; "switch" lays the windows side by side
-      and multiplies them, which takes as much memory as the windows. None is
+      and multiplies them, which takes as much memory as the windows; kernels
+      are for windows of one pixel without groups, others are masked. None is
       never a switch.
 
   Returns:
@@ -167,7 +240,13 @@ def lowrank_conv(
   if lead and rank is not None:
     rank = jnp.broadcast_to(rank, (groups,))
   ones = (1,) * n
-  return _choose(implementation, pays=False).conv(
+  sizes = None
+  if rank is not None and not lead and math.prod(u.shape[:-2]) == 1:
+    rows = math.prod(x.shape[:-1]) // math.prod(strides or ones)
+    dtype = jnp.result_type(x, u, v)
+    (n_in, full_rank), n_out = u.shape[-2:], v.shape[-1]
+    sizes = _Sizes(rows, n_in, full_rank, n_out, dtype, precision)
+  return _choose(implementation, sizes, conv=True).conv(
     x,
     u,
     v,

@@ -17,7 +17,7 @@ from maestro.cost.count import Cost, count_cost
 from maestro.methods import bind as methods
 from maestro.methods.subject import Subject
 from maestro.models import MODELS
-from maestro.parallel.mesh import Mesh, batch_devices, make_mesh
+from maestro.parallel.mesh import BATCH, Mesh, batch_devices, make_mesh
 from maestro.parallel.rules import Placement
 from maestro.runs import compiler
 from maestro.runs import workdir as workdir_lib
@@ -320,7 +320,8 @@ def make_training(
       lengths=dataset.lengths,
     )
     # A context is a decorator, too: within it the step is traced.
-    prefer = ops.prefer(_implementation(method.samplers[phase], mesh))
+    implementation = _implementation(method.samplers[phase], mesh)
+    prefer = ops.prefer(implementation, mesh=mesh, rows=BATCH)
     return make_dispatch(prefer(step), steps)
 
   def initial() -> tuple[Tree, Tree]:
@@ -427,10 +428,14 @@ def _dispatch_size(steps_per_epoch: int, mesh: Mesh) -> int:
 
 
 def _implementation(sampler: Callable, mesh: Mesh) -> str:
-  """Of products: "switch" where all ranks fall in a step, on one CPU device."""
+  """Of products: one whose cost follows the ranks, where all fall in a step.
+
+  Layers that are divided over devices are left to XLA.
+  """
   function = getattr(sampler, "func", sampler)
-  alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-  return "switch" if alone and function is sampling.independent else "xla"
+  if function is not sampling.independent or mesh.shape["model"] > 1:
+    return "xla"
+  return ops.follows_rank(mesh.devices.flat[0].platform, mesh.size)
 
 
 def batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
