@@ -72,7 +72,7 @@ def divided(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> Iterator[None]:
     _divided.reset(token)
 
 
-def _precision(precision: Any, dtype: Any) -> lax.Precision | None:
+def _precision(precision: Any, dtype: Any) -> lax.Precision:
   """The kernels': one pass of bfloat16 by default, or as exact as float32.
 
   Products of bfloat16 numbers are exact in float32 in any case.
@@ -87,7 +87,7 @@ def _precision(precision: Any, dtype: Any) -> lax.Precision | None:
     precision = precision[0]
   precision = lax.Precision(precision or "default")
   if precision == lax.Precision.DEFAULT or dtype != jnp.float32:
-    return None
+    return lax.Precision.DEFAULT
   return lax.Precision.HIGHEST
 
 
@@ -147,7 +147,6 @@ def _chain_by_masks(a, first, second, bias, ranks, how, *, keep):
 
 def _wgrad_by_masks(a, c, ranks, how):
   """As `tpu_kernels.wgrad`."""
-  c = _cut(c, 2, ranks)
   a, c = (c, a) if how.transposed else (a, c)
   product = jnp.matmul(a.mT, c, precision=how.precision)
   return _cut(product, 1 if how.transposed else 2, ranks)

@@ -53,13 +53,13 @@ class Kernel:
 
   Attributes:
     transposed: see `chain` and `wgrad`.
-    precision: of the products; None is the device's own.
+    precision: of the products, "default" or "highest".
     interpret: as for `pl.pallas_call`.
     blocks: None chooses them by the shapes.
   """
 
   transposed: bool = False
-  precision: lax.Precision | None = None
+  precision: lax.Precision = lax.Precision.DEFAULT
   interpret: Any = False
   blocks: Blocks | None = None
 
