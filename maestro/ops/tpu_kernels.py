@@ -84,10 +84,11 @@ def blocks_of(sizes: Blocks, itemsize: int, *, wgrad: bool = False) -> Blocks:
   most = Blocks(rank=128 if sizes.rank <= 512 else 256)
   while True:
     found = _cut(most, sizes)
-    held = _held(found, sizes.rank, itemsize, wgrad)
-    if held <= _VMEM or most.rows <= 16:
+    fits = _held(found, sizes.rank, itemsize, wgrad) <= _VMEM
+    if fits or (most.rows, most.a) == (16, 128):
       return found
-    if most.a > 256:
+    # The sums of `chain` are for its rows, those of `wgrad` for its channels.
+    if most.a > 128 and (wgrad or most.a > most.rows or most.rows == 16):
       most = most._replace(a=most.a // 2, out=most.out // 2)
     else:
       most = most._replace(rows=most.rows // 2)

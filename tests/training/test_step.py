@@ -1,8 +1,10 @@
 """One step of training and exact evaluation, on one device and on eight."""
 
 import functools
+import math
 import pathlib
 import runpy
+import types
 
 import flax.linen as linen
 import jax
@@ -18,7 +20,7 @@ from maestro.data import Split
 from maestro.errors import UserError
 from maestro.lowrank import Rule
 from maestro.models.mlp import MLP
-from maestro.ops import switch
+from maestro.ops import pallas_tpu, switch
 from maestro.parallel.mesh import MeshShape, make_mesh, replicate
 from maestro.parallel.rules import Placement
 from maestro.training import accumulate, build, losses
@@ -96,7 +98,8 @@ def run(
   order = data_lib.epoch_order(0, 0, SIZE)
   state = replicate(state, mesh)
   data = replicate({"inputs": x, "targets": y, "order": order}, mesh)
-  step = ops.prefer(implementation)(step)
+  prefer = ops.prefer(implementation, mesh=mesh, rows=("data", "fsdp"))
+  step = prefer(step)
   call, found = make_dispatch(step, dispatch), []
   for _ in range(steps // dispatch):
     state, step_losses = call(state, data)
@@ -141,30 +144,40 @@ def test_a_step_minimises_the_loss_at_sampled_ranks_plus_the_lasso(close):
 
 
 @pytest.mark.parametrize(
-  "options",
+  ("implementation", "options"),
   [
-    {},
-    {"accumulate": 2},
-    {"remat": "dots"},
-    {"full_pass": FullPass(distill=0.5)},
-    {"dispatch": 3},
+    ("switch", {}),
+    ("switch", {"accumulate": 2}),
+    ("switch", {"remat": "dots"}),
+    ("switch", {"full_pass": FullPass(distill=0.5)}),
+    ("switch", {"dispatch": 3}),
+    ("pallas_tpu", {"remat": "dots", "devices": 8}),
   ],
 )
 def test_a_step_whose_cost_follows_the_ranks_is_the_same_step(
-  options, close, monkeypatch
+  implementation, options, close, monkeypatch
 ):
-  monkeypatch.setattr(switch, "pays", lambda *_: True)  # small as they are
+  for module in (switch, pallas_tpu):  # small as they are
+    monkeypatch.setattr(module, "pays", lambda *_: True)
   masked, losses_masked = run(steps=3, **options)
-  switched, losses_switched = run(steps=3, implementation="switch", **options)
-  np.testing.assert_allclose(losses_switched, losses_masked, rtol=1e-4)
-  close(gradients(switched), gradients(masked), 1e-4)
+  followed, losses_followed = run(
+    steps=3, implementation=implementation, **options
+  )
+  np.testing.assert_allclose(losses_followed, losses_masked, rtol=1e-4)
+  close(gradients(followed), gradients(masked), 1e-4)
 
 
-def test_steps_switch_where_all_ranks_fall_on_one_cpu():
+def test_steps_follow_ranks_where_all_fall_in_a_step():
   one, eight = (make_mesh(MeshShape(data=n)) for n in (1, 8))
   drawn = functools.partial(sampling.independent)
   assert build._implementation(drawn, one) == "switch"
   assert build._implementation(drawn, eight) == "xla"
+  chip = types.SimpleNamespace(platform="tpu")
+  for axes, wanted in (({"data": 8}, "pallas_tpu"), ({"model": 2}, "xla")):
+    shape = {"data": 1, "fsdp": 1, "model": 1} | axes
+    devices = np.full(math.prod(shape.values()), chip)
+    pod = types.SimpleNamespace(shape=shape, devices=devices, size=devices.size)
+    assert build._implementation(drawn, pod) == wanted
   for other in (sampling.one_layer, sampling.full):
     assert build._implementation(functools.partial(other), one) == "xla"
 
