@@ -94,7 +94,7 @@ def _precision(precision: Any, dtype: Any) -> lax.Precision:
 def pays(
   rows: Any, n_in: int, full_rank: int, n_out: int, dtype: Any, precision: Any
 ) -> bool:
-  """Whether kernels can, do less than masks at most ranks, and never more.
+  """Whether kernels can, and do less than masks except in R's last block.
 
   By counting, not by measurement: R holds several blocks, so that there is
   something to skip; masks would take two products too (`xla.multiply_out`); and
