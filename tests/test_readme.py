@@ -3,6 +3,11 @@
 import pathlib
 import re
 
+import numpy as np
+
+import maestro
+from maestro import trees
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -19,6 +24,19 @@ def test_the_library_example_runs_and_gives_the_smaller_network():
 def test_the_example_fits_on_a_first_screen():
   code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
   assert len([line for line in code.splitlines() if line.strip()]) <= 12
+
+
+def test_your_own_model_runs_on_factors_in_twelve_lines():
+  found = re.findall(r"```python\n(.*?)```", README, re.S)
+  (code,) = [code for code in found if "maestro.factored" in code]
+  assert len([line for line in code.splitlines() if line.strip()]) <= 12
+  names = {}
+  exec(compile(code, "README.md", "exec"), names)
+  params, layers = names["params"], names["layers"]
+  assert all("u" in trees.get(params, path) for path in layers)
+  merged = maestro.merge(params, layers)
+  want = names["Classifier"]().apply({"params": merged}, names["tokens"])
+  np.testing.assert_allclose(names["logits"], want, rtol=1e-5, atol=1e-6)
 
 
 def test_there_is_one_test_command_and_ci_runs_it():
