@@ -29,6 +29,12 @@ LARGE = {"layers": 6, "width": 512, "hidden": 2048, "heads": 8}
 NOAM = {"name": "inverse_sqrt", "warmup": "steps:4000"}
 
 
+def one_line(c: ConfigDict, peak: float = 2e-3) -> None:
+  """Sets rates that fall along one line, over both phases."""
+  smoke = c.model.layers == 1
+  common.one_line(c, peak, "steps:10" if smoke else "steps:200")
+
+
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config; `arg` is a comma-separated list of variants."""
   variants = common.variants_of(
@@ -107,5 +113,5 @@ def get_config(arg: str = "") -> ConfigDict:
     rate = (c.model.width * 4000) ** -0.5
     c.discover.schedule = ConfigDict(NOAM | {"learning_rate": rate})
   else:
-    common.one_line(c, peak, "steps:10" if "smoke" in variants else "steps:200")
+    one_line(c, peak)
   return c.lock()

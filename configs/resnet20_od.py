@@ -27,6 +27,11 @@ common = types.SimpleNamespace(
 PEAK = 0.1  # learning rate
 
 
+def one_line(c: ConfigDict) -> None:
+  """Sets rates that fall along one line, over both phases."""
+  common.one_line(c, PEAK)
+
+
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config; `arg` is a comma-separated list of variants."""
   variants = common.variants_of(arg, ["race", "short", "smoke"])
@@ -54,5 +59,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.train_examples, c.data.val_examples = 512, 128
     c.batch_norm_examples = 128
     c.discover.epochs = c.settle.epochs = 1
-  common.one_line(c, PEAK)
+  one_line(c)
   return c.lock()

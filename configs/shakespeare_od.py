@@ -25,6 +25,12 @@ common = types.SimpleNamespace(
 )
 
 
+def one_line(c: ConfigDict, peak: float = 3e-3) -> None:
+  """Sets rates that fall along one line, over both phases."""
+  smoke = c.model.layers == 1
+  common.one_line(c, peak, "steps:2" if smoke else "steps:100")
+
+
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config; `arg` is a comma-separated list of variants."""
   variants = common.variants_of(arg, ["gpu", "smoke", *common.WAYS])
@@ -86,5 +92,5 @@ def get_config(arg: str = "") -> ConfigDict:
     levels = {"levels": (1.0, 0.75, 0.5, 0.35)}
     with c.ignore_type():  # of a name alone
       c.method = ConfigDict({"name": "nested", "nested": levels})
-  common.one_line(c, peak, "steps:2" if "smoke" in variants else "steps:100")
+  one_line(c, peak)
   return c.lock()

@@ -3,6 +3,8 @@
   python -m experiments.any_size                       # LeNet on MNIST, 3 seeds
   python -m experiments.any_size --rows=nested10,race,fixed --jobs=2
   python -m experiments.any_size --network=resnet20 --seeds=1
+  python -m experiments.any_size --network=shakespeare --seeds=1
+  python -m experiments.any_size --network=multi30k --seeds=1
   python -m experiments.any_size --smoke --rows=dense,nested10
   python -m experiments.any_size --show                # of the results kept
 
@@ -19,7 +21,9 @@ LeNet has 10 epochs of configs/lenet_od.py, where not said (the learning rate
 falls to a tenth after 80 % of them); an epoch of dense warm-up begins race and
 nested, and lasso discovers for three. ResNet-20 has 8 short epochs of 16,000
 images, configs/resnet20_od.py, and nested 10, which cost what 8 dense ones do,
-the first half of them dense.
+the first half of them dense. The GPT has the 5 epochs of
+configs/shakespeare_od.py, the Transformer the 14 of configs/multi30k_od.py;
+nested has a fifth more. Of texts, the tables and figures show perplexities.
 
 Ranks are chosen on training images; the test set is read once, at the end of
 each run. Runs go through `python -m maestro.main` into runs/experiments/ and
@@ -68,7 +72,9 @@ class Network:
     warm_up: {method: epochs of its discover phase}; 1 where not said.
     peers: methods of `experiments.lenet_comparison`, which has the same recipe,
       that are shown beside.
-    drawn: points of accuracy below the best that the figure shows.
+    score: the metric that is shown, "accuracy" in percent or "perplexity".
+    drawn: points below the best, or above the lowest perplexity, that the
+      figure shows.
   """
 
   name: str
@@ -78,6 +84,7 @@ class Network:
   epochs: Mapping[str, int]
   warm_up: Mapping[str, int] = dataclasses.field(default_factory=dict)
   peers: tuple[str, ...] = ()
+  score: str = "accuracy"
   drawn: float = 3.0
 
   @property
@@ -117,6 +124,26 @@ NETWORKS = {
     warm_up={"nested": 5, "lasso": 3},
     drawn=12.0,
   ),
+  "shakespeare": Network(
+    "any_size_shakespeare",
+    "shakespeare_od.py",
+    "",
+    levels=(75, 50, 35),
+    epochs={"dense": 5, "nested6": 6, "race": 5, "fixed": 5},
+    warm_up={"nested": 2},
+    score="perplexity",
+    drawn=1.0,
+  ),
+  "multi30k": Network(
+    "any_size_multi30k",
+    "multi30k_od.py",
+    "",
+    levels=(75, 50, 35),
+    epochs={"dense": 14, "nested17": 17, "race": 14, "fixed": 14},
+    warm_up={"nested": 6, "race": 2},
+    score="perplexity",
+    drawn=10.0,
+  ),
 }
 
 
@@ -144,8 +171,7 @@ def get_config(arg: str):
     c.method = method if method != "nested" else network.nested
   if method == "fixed":  # from scratch: nothing warms up
     c.discover.shrink = False
-  if percent != "100":
-    c.budget = f"macs:{int(percent) / 100}"
+  c.budget = f"macs:{int(percent) / 100}" if percent != "100" else None
   return c.lock()
 
 
@@ -158,8 +184,11 @@ def jobs_of(rows: Sequence[str], percents: Sequence[int]) -> list[tuple]:
   return jobs
 
 
-def sizes_of(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-  """{level: (share of the dense MACs, test accuracy), in percent} of a run."""
+def sizes_of(
+  results: Mapping[str, Any], score: str = "accuracy"
+) -> dict[str, tuple[float, float]]:
+  """{level: (share of the dense MACs in percent, test score)} of a run."""
+  unit = 100 if score == "accuracy" else 1
   dense = results["dense"]["macs"]
   found = results.get("levels") or [
     {"name": "", **results["final"]},
@@ -167,7 +196,7 @@ def sizes_of(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
   return {
     level["name"]: (
       100 * level["macs"] / dense,
-      100 * level["metrics"]["accuracy"],
+      unit * level["metrics"][score],
     )
     for level in found
   }
@@ -176,11 +205,13 @@ def sizes_of(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 Found = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 
 
-def points(found: Found) -> dict[str, dict[int, np.ndarray]]:
-  """{row: {percent: [seeds, 2], share of the MACs and accuracy}}."""
+def points(
+  found: Found, score: str = "accuracy"
+) -> dict[str, dict[int, np.ndarray]]:
+  """{row: {percent: [seeds, 2], share of the MACs and score}}."""
   curves: dict[str, dict[int, np.ndarray]] = {}
   for (row, percent), seeds in found.items():
-    sizes = [sizes_of(results) for results in seeds]
+    sizes = [sizes_of(results, score) for results in seeds]
     for name in sizes[0]:
       level = round(100 * float(name.split(":")[1])) if name else percent
       curve = curves.setdefault(row, {})
@@ -188,23 +219,24 @@ def points(found: Found) -> dict[str, dict[int, np.ndarray]]:
   return curves
 
 
-def table(found: Found) -> str:
-  """Tabulates test accuracies at each budget, in Markdown.
+def table(found: Found, score: str = "accuracy") -> str:
+  """Tabulates test scores at each budget, in Markdown.
 
   Training MACs are of all the runs behind a row, relative to the dense one's.
   """
-  percents = sorted({p for c in points(found).values() for p in c})[::-1]
+  curves = points(found, score)
+  percents = sorted({p for c in curves.values() for p in c})[::-1]
   lines = [["row", *(f"{p} %" for p in percents), "training MACs", "seeds"]]
   dense = found.get(("dense", 100))
-  for row, curve in points(found).items():
+  for row, curve in curves.items():
     cells = []
     for percent in percents:
       if percent not in curve:
         cells.append("")
         continue
-      scores = curve[percent][:, 1]
-      spread = f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
-      cells.append(f"{np.mean(scores):.2f}{spread}")
+      values = curve[percent][:, 1]
+      spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+      cells.append(f"{np.mean(values):.2f}{spread}")
     own = [runs for (name, _), runs in found.items() if name == row]
     macs = [np.mean([r["train"]["macs_total"] for r in runs]) for runs in own]
     cost = f"{np.sum(macs):.3g}"
@@ -215,14 +247,23 @@ def table(found: Found) -> str:
   return markdown_table(lines)
 
 
-def draw(found: Found, drawn: float = 3.0) -> matplotlib.figure.Figure:
-  """Draws test accuracy against MACs: a dot a seed, a line through means.
+def draw(
+  found: Found, drawn: float = 3.0, score: str = "accuracy"
+) -> matplotlib.figure.Figure:
+  """Draws test scores against MACs: a dot a seed, a line through means.
 
-  What is more than `drawn` points below the best is told in the legend.
+  What is more than `drawn` worse than the best is told in the legend.
   """
-  curves = points(found)
-  best = max(dots[:, 1].max() for c in curves.values() for dots in c.values())
-  least = best - drawn
+  curves = points(found, score)
+  high = score == "accuracy"
+  sign = 1 if high else -1
+  best = max(
+    (sign * dots[:, 1]).max() for c in curves.values() for dots in c.values()
+  )
+
+  def near(dots: np.ndarray) -> np.ndarray:
+    return sign * dots[:, 1] > best - drawn
+
   with matplotlib.rc_context(style.STYLE):
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -232,17 +273,18 @@ def draw(found: Found, drawn: float = 3.0) -> matplotlib.figure.Figure:
       label = f"{row}: one network" if together else LABELS.get(row, row)
       means = np.array([curve[p].mean(axis=0) for p in sorted(curve)])
       dots = np.concatenate(list(curve.values()))
-      high, dots = means[means[:, 1] > least], dots[dots[:, 1] > least]
-      if len(high) < len(means):
-        low = means[means[:, 1] <= least]
-        label += f" ({', '.join(f'{y:.0f} at {x:.0f} %' for x, y in low)})"
+      shown, dots = means[near(means)], dots[near(dots)]
+      if len(shown) < len(means):
+        rest = means[~near(means)]
+        label += f" ({', '.join(f'{y:.0f} at {x:.0f} %' for x, y in rest)})"
       line = "-" if together else "--"
-      axes.plot(*high.T, line, marker="o", color=colour, label=label)
+      axes.plot(*shown.T, line, marker="o", color=colour, label=label)
       axes.plot(*dots.T, "o", ms=3, alpha=0.4, color=colour)
     axes.set(
-      xlabel="MACs of the network (% of dense)", ylabel="test accuracy (%)"
+      xlabel="MACs of the network (% of dense)",
+      ylabel="test accuracy (%)" if high else f"test {score}",
     )
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right" if high else "upper right")
   return figure
 
 
@@ -323,11 +365,11 @@ def main(argv: list[str]) -> None:
     values.jobs,
   )
   found = found if smoke else shown(network)
-  print(f"\n{table(found)}")
+  print(f"\n{table(found, network.score)}")
   figure = network.figure
   figure = RUNS / f"{network.name}_smoke" / figure.name if smoke else figure
   figure.parent.mkdir(parents=True, exist_ok=True)
-  draw(found, network.drawn).savefig(figure)
+  draw(found, network.drawn, network.score).savefig(figure)
   print(f"\nfigure: {figure}")
 
 

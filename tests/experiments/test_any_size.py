@@ -8,13 +8,13 @@ from maestro.training import build
 from maestro.training.config import clock_of, parse
 
 
-def result(accuracy, macs=50, levels=()):
+def result(value, macs=50, levels=(), score="accuracy"):
   return {
     "dense": {"params": 200, "macs": 100},
-    "final": {"params": 90, "macs": macs, "metrics": {"accuracy": accuracy}},
+    "final": {"params": 90, "macs": macs, "metrics": {score: value}},
     "train": {"macs_total": 10 * macs},
     "levels": [
-      {"name": f"macs:{x}", "macs": 100 * x, "metrics": {"accuracy": x}}
+      {"name": f"macs:{x}", "macs": 100 * x, "metrics": {score: x}}
       for x in levels
     ],
   }
@@ -34,8 +34,8 @@ def rates(network, row, percent):
   assert c.method.budget == (
     None if percent == 100 else f"macs:{percent / 100}"
   )
-  clock = clock_of(c, 100)
-  assert clock.total == 100 * any_size.NETWORKS[network].epochs[row]
+  clock = clock_of(c, 1000)
+  assert clock.total == 1000 * any_size.NETWORKS[network].epochs[row]
   schedule = build._schedule(c, clock)
   at = (0, 0.05, 0.5, 0.79, 0.81)
   return [float(schedule(int(f * clock.total))) for f in at]
@@ -46,8 +46,13 @@ def test_rows_share_their_epochs_and_learning_rates(network, row, percent):
   found = rates(network, row, percent)
   if network == "lenet":
     assert found == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.001])
-  else:  # one line, wherever the phases meet
+  elif network == "resnet20":  # one line, wherever the phases meet
     assert found == pytest.approx([0.1, 0.095, 0.05, 0.021, 0.019])
+  else:  # the same, after a short rise
+    peak = {"shakespeare": 3e-3, "multi30k": 2e-3}[network]
+    assert 0 < found[0] < 0.05 * peak
+    line = [peak * (1 - f) for f in (0.05, 0.5, 0.79, 0.81)]
+    assert found[1:] == pytest.approx(line, rel=0.03)
 
 
 @pytest.mark.parametrize("network", any_size.NETWORKS)
@@ -78,6 +83,20 @@ def test_a_table_and_a_figure_of_some_rows(tmp_path):
   assert "| race |  | 96.00 ± 1.41 | 90.00 ± 0.00 | 0.75 | 2 |" in lines
   assert "| nested10 | 100.00 ± 0.00 | 50.00 ± 0.00 |  | 1.00 | 2 |" in lines
   any_size.draw(found).savefig(tmp_path / "figure.png")
+
+
+def test_of_perplexities_the_lowest_is_best():
+  found = {
+    ("dense", 100): [result(9.0, 100, score="perplexity")],
+    ("race", 50): [result(9.5, score="perplexity")],
+    ("fixed", 50): [result(99.0, score="perplexity")],
+  }
+  assert "| race |  | 9.50 | 0.50 | 1 |" in any_size.table(found, "perplexity")
+  figure = any_size.draw(found, 5.0, "perplexity")
+  (axes,) = figure.axes
+  labels = [text.get_text() for text in axes.get_legend().get_texts()]
+  assert labels == ["dense", "race", "fixed: uniform ranks (99 at 50 %)"]
+  assert axes.get_ylabel() == "test perplexity"
 
 
 @pytest.mark.parametrize("network", any_size.NETWORKS.values())
