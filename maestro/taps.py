@@ -64,8 +64,12 @@ def apply_tapped(
 
   x [*groups, N, n_in] are the rows that the layer's kernel multiplies, as of
   `capture_inputs`, and g [*groups, N, n_out] the loss's gradient with respect
-  to the layer's outputs. The outputs, and all other gradients, are those of
-  `model.apply`. A layer under `nn.scan` needs variable_axes={"params": 0,
+  to the layer's outputs. A table's use as logits (`attend`), y = q K^T, is the
+  other way round: x [N, n_in] is the gradient at the logits, and g [N, n_out]
+  the queries q. So the kernel's gradient is always the sum of x^T g, where an
+  index stands for a row that is 1 there.
+
+  The outputs, and all other gradients, are those of `model.apply`. A layer under `nn.scan` needs variable_axes={"params": 0,
   "captured": 0}; its taps lead with the scan's axis.
 
   Args:
@@ -77,7 +81,11 @@ def apply_tapped(
     **kwargs: passed on to the model, e.g. train=False.
   """
 
-  def tap(module: nn.Module, path: str, x: jax.Array, y: jax.Array, zero: Any):
+  def tap(
+    module: nn.Module, method: str, x: jax.Array, y: jax.Array, zero: Any
+  ):
+    path = path_of(module)
+
     @jax.custom_vjp
     def identity(x, y, zero):
       del x, zero
@@ -88,13 +96,16 @@ def apply_tapped(
       return y, x
 
     def backward(x, g):
-      rows = _rows(module, x)
-      assert rows is not None  # as it is a layer
       if jnp.issubdtype(x.dtype, jnp.inexact):
         none = jnp.zeros_like(x)
       else:
         none = np.zeros(x.shape, jax.dtypes.float0)
-      return none, g, statistic(path, rows, _output_rows(module, x, g))
+      if method == "attend":
+        rows, out = (a.reshape((-1, a.shape[-1])) for a in (g, x))
+      else:
+        rows, out = _rows(module, x), _output_rows(module, x, g)
+        assert rows is not None  # as it is a layer
+      return none, g, statistic(path, rows, out)
 
     identity.defvjp(forward, backward)
     return identity(x, y, zero)
@@ -102,10 +113,11 @@ def apply_tapped(
   def intercept(next_call, args, kwargs, context):
     y = next_call(*args, **kwargs)
     given, module = (*args, *kwargs.values()), context.module
-    if context.method_name == "__call__" and given:
+    method = context.method_name
+    if method in ("__call__", "attend") and given:
       zero = module.get_variable("captured", "tap")
       if zero is not None and spec_of(module, given[0]) is not None:
-        return tap(module, path_of(module), given[0], y, zero)
+        return tap(module, method, given[0], y, zero)
     return y
 
   tree: dict = {}

@@ -9,7 +9,11 @@ X D, and the loss by about
 
 with A = E |g|^2 x x^T and G = E g g^T over rows x that the kernel meets and
 gradients g at the layer's output (a Kronecker product for the layer's Fisher
-information). Its best approximation of rank r is a prefix of
+information). A table that makes logits, too, q K^T, adds to both what its use
+there has at stake: |q|^2 times the squares of the logits' gradients to A, and
+the squared norms of these times q q^T to G.
+
+The best approximation of rank r is a prefix of
 
   A^1/2 K G^1/2 = U S V^T,   u = K G^1/2 V,   v = V^T G^-1/2,   u v = K
 """
@@ -66,7 +70,8 @@ def moments(
 ) -> dict[str, Moments]:
   """Averages over the inputs that each kernel meets, and gradients behind it.
 
-  The gradients are of <outputs of the model, z> with z normal, the same for
+  Means are over rows, of tables over look-ups. The gradients are of
+  <outputs of the model, z> with z normal, the same for
   equal keys: those of a loss whose Hessian with respect to the outputs is the
   identity, or, centred, of a softmax that has learned nothing. Rows are those
   of `calibrate.second_moments`; one backward pass a batch.
@@ -90,6 +95,12 @@ def moments(
     count = jnp.float32(g.shape[-2])
     if layers[path].kind == "embed":
       zero = jnp.zeros(layers[path].n_in, jnp.float32)
+      if jnp.issubdtype(x.dtype, jnp.inexact):  # of `attend`: no look-ups
+        x = x.astype(jnp.float32)
+        weighted = jnp.einsum("n,nv->v", square, x * x)
+        strength = jnp.sum(x * x, axis=-1)[..., None]
+        sums = Moments(zero, weighted, _gram(strength * g, g))
+        return {"sums": sums, "rows": jnp.zeros((), jnp.float32)}
       inputs, weighted = zero.at[x].add(1.0), zero.at[x].add(square)
     else:
       x = x.astype(jnp.float32)

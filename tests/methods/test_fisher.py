@@ -34,7 +34,7 @@ def kernel_gradient(case, params):
 
 def tapped_gradient(case, params, layers, axes=()):
   def statistic(path, x, g):
-    if layers[path].kind == "embed":
+    if jnp.issubdtype(x.dtype, jnp.integer):
       zero = jnp.zeros((layers[path].n_in, g.shape[-1]))
       return zero.at[x].add(g)
     return jnp.einsum("...ni,...nj->...ij", x, g)
@@ -54,8 +54,6 @@ def tapped_gradient(case, params, layers, axes=()):
 
 def test_rows_and_gradients_make_up_the_gradient_of_the_kernel(case, close):
   layers = selected(case)
-  if case.name == "embed_tied":
-    pytest.skip("its use as logits is not tapped")
   want = kernel_gradient(case, case.dense)
   found = tapped_gradient(case, case.dense, layers)
   for path, spec in layers.items():
@@ -142,6 +140,27 @@ def test_gradients_are_weighted_by_what_the_outputs_weigh(cases, close):
   centred = np.eye(7) - 1 / 7
   np.testing.assert_allclose(found.outputs, centred, atol=0.05)
   np.testing.assert_allclose(found.weighted, 6 * found.inputs, atol=0.3)
+
+
+def test_a_table_counts_as_look_ups_and_as_logits(cases, close):
+  case = cases["embed_tied"]
+  ((path, spec),) = selected(case).items()
+  found = moments_of(case)[path]
+  table = np.asarray(case.dense["embed"]["embedding"], np.float64)
+  z = jax.random.normal(jax.random.fold_in(KEY, 0), (2, 5, 9), jnp.float32)
+  z = np.asarray(z - jnp.mean(z, -1, keepdims=True), np.float64).reshape(-1, 9)
+  tokens = np.asarray(case.x).reshape(-1)
+  q = np.tanh(table[tokens])
+  g = (z @ table) * (1 - q**2)  # behind the look-ups
+  weighted, outputs = np.zeros(9), np.zeros((6, 6))
+  for i, token in enumerate(tokens):
+    weighted[token] += np.sum(g[i] ** 2)
+    weighted += np.sum(q[i] ** 2) * z[i] ** 2
+    outputs += np.outer(g[i], g[i]) + np.sum(z[i] ** 2) * np.outer(q[i], q[i])
+  assert spec.kind == "embed"
+  close(found.weighted, jnp.asarray(weighted / len(tokens), jnp.float32))
+  close(found.outputs, jnp.asarray(outputs / len(tokens), jnp.float32))
+  close(found.inputs, jnp.bincount(tokens, length=9) / len(tokens))
 
 
 def test_reordering_changes_no_output(case, close):
