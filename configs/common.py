@@ -130,14 +130,15 @@ def go(
 
 
 def one_line(c: ConfigDict, peak: float, warmup: str | None = None) -> None:
-  """Sets rates that fall along one line from a peak to 0, over both phases.
+  """Sets rates that fall from a peak to 0 over both phases, along one line.
 
   Wherever the first one ends: that is a part of the run, not of its recipe.
 
   Args:
     c: a config whose phases have their epochs.
     peak: the highest learning rate.
-    warmup: how long it rises to it at first, such as "steps:200".
+    warmup: how long it rises to it at first, such as "steps:200"; the line then
+      begins there, and has a bend where the phases meet.
   """
   left = c.settle.epochs / (c.discover.epochs + c.settle.epochs)
   line = {"name": "linear", "learning_rate": peak}

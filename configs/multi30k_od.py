@@ -4,8 +4,8 @@
 
 Reads multi30k/ beside or in --config.data.data_dir or TFDS_DATA_DIR. 3 + 3
 blocks, 128 wide; all products are factored, those with the tables too, whose
-share of the MACs is half. The dense network trains for two epochs, then a race
-chooses the ranks of half of its MACs. Variants:
+share of the MACs is half. The dense network trains for a seventh of the run,
+then a race chooses the ranks of half of its MACs. Variants:
 
   nested  one network with levels of 100 to 25 % of the MACs
   maestro  by a lambda: ordered dropout and group lasso discover ranks
@@ -112,6 +112,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # (width * steps of warm-up)^-1/2
     rate = (c.model.width * 4000) ** -0.5
     c.discover.schedule = ConfigDict(NOAM | {"learning_rate": rate})
+    # It goes on in settle, if there is one.
+    begun = f"epochs:{c.discover.epochs}"
+    c.settle.schedule = ConfigDict(c.discover.schedule | {"begun": begun})
   else:
     one_line(c, peak)
   return c.lock()

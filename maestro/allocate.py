@@ -34,7 +34,6 @@ import jax
 from absl import flags
 
 from maestro import cli
-from maestro import data as data_lib
 from maestro.cost.budget import Budget
 from maestro.deploy.choose import RULES, Options, allocate
 from maestro.deploy.reorder import before_cuts
@@ -93,7 +92,7 @@ def main(argv: list[str]) -> None:
   names = (field.name for field in dataclasses.fields(Options))
   options: dict[str, Any] = {name: values[name].value for name in names}
   run = opened.open_run(values.workdir, values.checkpoint, values.data_dir)
-  dataset = data_lib.make(**run.config.data)
+  dataset = opened.data_of(run)
   start = time.monotonic()
   read, run = run, before_cuts(run, dataset, values.reorder)
   rows = allocate(

@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
   artifact.check_target(out)  # before anything that takes long
   run = opened.open_run(values.workdir, values.checkpoint, values.data_dir)
   try:
-    dataset = data_lib.make(**run.config.data)
+    dataset = opened.data_of(run)
   except data_lib.DataError as error:
     print(f"without the data set: {error}")
     dataset = None

@@ -69,8 +69,9 @@ def apply_tapped(
   the queries q. So the kernel's gradient is always the sum of x^T g, where an
   index stands for a row that is 1 there.
 
-  The outputs, and all other gradients, are those of `model.apply`. A layer under `nn.scan` needs variable_axes={"params": 0,
-  "captured": 0}; its taps lead with the scan's axis.
+  The outputs, and all other gradients, are those of `model.apply`. A layer
+  under `nn.scan` needs variable_axes={"params": 0, "captured": 0}; its taps
+  lead with the scan's axis.
 
   Args:
     model: a Flax Linen module.

@@ -195,6 +195,11 @@ class Dataset:
           f"{where}: {part}{list(at)} is {x[at]}; leave that example out"
         )
     targets = np.asarray(split.targets)
+    if self.num_classes is None and targets.dtype.kind not in "fc":
+      raise DataError(
+        f"{where}: targets of {targets.dtype} are classes or tokens, of which"
+        " num_classes must say how many; vectors to regress on are floats"
+      )
     if self.num_classes is None or not len(targets):
       return
     one = targets.ndim == 1  # a class an example, not a token a position

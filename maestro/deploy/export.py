@@ -312,6 +312,7 @@ def _describe(
     "model": {"name": name, "options": options},
     "data": facts.data,
     "num_classes": facts.num_classes,
+    **({"vocabulary": facts.vocabulary} if facts.vocabulary else {}),
     "input": {
       "shape": facts.input_shape,
       "dtype": facts.input_dtype,
@@ -387,7 +388,7 @@ def _write_stablehlo(
   """Writes model.stablehlo, and compares it with the network."""
   path, example = new / STABLEHLO, run.facts.example
   record = stablehlo.write(path, run.model, cut.variables, example)
-  again = stablehlo.read(path)(verify.make_inputs(example))
+  again = stablehlo.read(path)(verify.make_inputs(example, model=run.model))
   sizes = [leaf.dtype.itemsize for leaf in jax.tree.leaves(again)]
   exact = jax.default_backend() == "cpu" and min(sizes) >= 4
   if not exact:

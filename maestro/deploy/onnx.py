@@ -48,7 +48,7 @@ def write_sizes(
     DifferenceError: a file gives other outputs.
   """
   outputs, record = verify.make_outputs(model, example), {}
-  x = verify.make_inputs(example)
+  x = verify.make_inputs(example, model=model)
   for size, variables in networks.items():
     name = f"model.{re.sub('[^A-Za-z0-9.]+', '-', size)}.onnx"
     if (folder / name).exists():

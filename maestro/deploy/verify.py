@@ -9,19 +9,24 @@ import numpy as np
 
 from maestro import lowrank, ops
 from maestro.errors import UserError
-from maestro.introspect import mode
+from maestro.introspect import layers, mode
 
 
 class DifferenceError(UserError):
   """Two networks that should be equal are not."""
 
 
-def make_inputs(example: Any, n: int = 8) -> np.ndarray:
-  """Random inputs, so that no data is needed; token numbers stay small."""
+def make_inputs(example: Any, n: int = 8, model: Any = None) -> np.ndarray:
+  """Random inputs, so that no data is needed.
+
+  Tokens are any that all of the model's tables have, or 0 and 1 without one.
+  """
   shape, dtype = (n, *example.shape[1:]), np.dtype(example.dtype)
   rng = np.random.default_rng(0)
   if np.issubdtype(dtype, np.integer):
-    return rng.integers(0, 2, shape).astype(dtype)
+    specs = {} if model is None else layers(model, example)
+    tables = [s.n_in for s in specs.values() if s.kind == "embed"]
+    return rng.integers(0, min(tables, default=2), shape).astype(dtype)
   return rng.standard_normal(shape).astype(dtype)
 
 
@@ -34,7 +39,7 @@ def make_outputs(model: Any, example: Any, n: int = 8) -> Callable[..., Any]:
   """
   if getattr(model, "dtype", None) is not None:
     model = model.clone(dtype="float32")
-  x, told = make_inputs(example, n), mode(model, train=False)
+  x, told = make_inputs(example, n, model), mode(model, train=False)
 
   @ops.jit_precise  # ranks are traced: one compilation for all masks
   def forward(variables, ranks):

@@ -14,13 +14,13 @@ from maestro import data as data_lib
 from maestro import introspect as nn
 from maestro import ops, sampling, streams
 from maestro.cost.count import Cost, count_cost
+from maestro.data.dataset import example_lengths
 from maestro.methods import bind as methods
 from maestro.methods.subject import Subject
 from maestro.models import MODELS
 from maestro.parallel.mesh import BATCH, Mesh, batch_devices, make_mesh
 from maestro.parallel.rules import Placement
 from maestro.runs import compiler
-from maestro.runs import workdir as workdir_lib
 from maestro.schema import ConfigError, bind, choose
 from maestro.training import levels, losses, optim, start, stored, translate
 from maestro.training.accumulate import unrolls
@@ -35,57 +35,12 @@ from maestro.training.config import (
 )
 from maestro.training.durations import Clock, Periods
 from maestro.training.evaluate import Evaluate, make_evaluate
+from maestro.training.facts import Facts
 from maestro.training.judge import make_judge
 from maestro.training.levels import Level
 from maestro.training.state import TrainState, new_state
 from maestro.training.step import make_dispatch, make_step
 from maestro.trees import LayerSpec, Tree
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-  """What a model must know of its data set; kept in a workdir's facts.json.
-
-  Attributes:
-    data: name of the data set.
-    input_shape: of one preprocessed example.
-    input_dtype: of preprocessed examples.
-    num_classes: None for regression.
-    normalization: {"mean": ..., "std": ...} of pixels in [0, 1]; None if
-      inputs are taken as they are.
-    train_examples: size of the training split.
-  """
-
-  data: str
-  input_shape: tuple[int, ...]
-  input_dtype: str
-  num_classes: int | None
-  normalization: Mapping[str, Any] | None
-  train_examples: int
-
-  @classmethod
-  def of(cls, dataset: data_lib.Dataset) -> "Facts":
-    """Reads them from a data set."""
-    inputs = dataset.train.inputs
-    x = jax.eval_shape(
-      dataset.preprocess,
-      jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype),
-    )
-    options = getattr(dataset.preprocess, "keywords", {})
-    scale = {k: options[k] for k in ("mean", "std") if k in options}
-    return cls(
-      data=dataset.name,
-      input_shape=tuple(x.shape[1:]),
-      input_dtype=str(x.dtype),
-      num_classes=dataset.num_classes,
-      normalization=workdir_lib.plain(scale) or None,
-      train_examples=len(dataset.train),
-    )
-
-  @property
-  def example(self) -> jax.ShapeDtypeStruct:
-    """The abstract value of one preprocessed example, batch axis 1."""
-    return jax.ShapeDtypeStruct((1, *self.input_shape), self.input_dtype)
 
 
 def make_model(c: Config, facts: Facts) -> Any:
@@ -261,6 +216,7 @@ def make_training(
   mesh, dataset = make_mesh(c.mesh, devices), dataset or data_lib.make(**c.data)
   facts = Facts.of(dataset)
   model = make_model(c, facts)
+  _check_fit(c, model, facts, dataset.train.targets)
   layers = nn.layers(model, facts.example)
   n = _steps_per_epoch(c, len(dataset.train), batch_devices(mesh))
   clock = clock_of(c, n)
@@ -372,6 +328,34 @@ def make_training(
   )
 
 
+def _check_fit(c: Config, model: Any, facts: Facts, targets: Any) -> None:
+  """Raises unless a model takes a data set's inputs and predicts its targets.
+
+  A row of labels is predicted one by one, a class or a vector as a whole.
+  """
+  names = f"config.model.name: {c.model['name']!r}"
+  inputs = f"{facts.input_dtype}{list(facts.input_shape)}"
+  remedy = f"choose another, or other data than {facts.data!r}"
+  try:
+    y, _ = jax.eval_shape(
+      model.init_with_output, jax.random.key(0), facts.example
+    )
+  except (AttributeError, IndexError, TypeError, ValueError) as error:
+    text = str(error).strip().partition("\n")[0]
+    raise ConfigError(
+      f"{names} does not take inputs {inputs} of an example ({text}); {remedy}"
+    ) from error
+  shape = (1, *targets.shape[1:])
+  if facts.num_classes is not None:
+    shape = (*shape, facts.num_classes)
+  if getattr(y, "shape", None) != shape:
+    found = list(y.shape[1:]) if hasattr(y, "shape") else type(y).__name__
+    raise ConfigError(
+      f"{names} makes {found} of an example, {inputs}, where the targets need"
+      f" {list(shape[1:])}; {remedy}"
+    )
+
+
 def settings(c: Config) -> methods.Settings:
   """What the rest of a config says to its method."""
   phases = {name: getattr(c, name) for name in PHASES}
@@ -439,10 +423,22 @@ def _implementation(sampler: Callable, mesh: Mesh) -> str:
 
 
 def batches(dataset: data_lib.Dataset, examples: int) -> Iterable[jax.Array]:
-  """Preprocesses a fixed choice of training examples."""
+  """Preprocesses a fixed choice of training examples.
+
+  Texts come by length, each batch cut to the least of the lengths that holds
+  it: what layers see is little padding.
+  """
   split = dataset.train
   order = data_lib.choice(0, len(split))[:examples]
   size = 64 if losses.of_tokens(split.targets) else 256
+  longest = None
+  if dataset.lengths is not None:
+    longest = example_lengths(split)
+    order = order[np.argsort(longest[order], kind="stable")]
   for first in range(0, len(order), size):
-    x = split.inputs[np.sort(order[first : first + size])]
+    rows = np.sort(order[first : first + size])
+    x = split.inputs[rows]
+    if dataset.lengths is not None and longest is not None:
+      n = dataset.lengths[np.searchsorted(dataset.lengths, longest[rows].max())]
+      x = x[..., :n]
     yield dataset.preprocess(jnp.asarray(x))

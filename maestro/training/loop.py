@@ -98,6 +98,7 @@ def train(
     return _finished(workdir, finished)
   t = build.make_training(c)
   agreement.data(t.dataset)
+  opened.check_data(workdir, t.facts)
   with workdir_lib.locked(workdir), goodput.recording(workdir, started):
     workdir_lib.claim(workdir, config, dataclasses.asdict(t.facts))
     agreement.workdir(workdir)
@@ -258,7 +259,7 @@ def evaluate_workdir(
     UserError: there is no run, or its checkpoint is broken.
   """
   run = opened.open_run(workdir, data_dir=data_dir)
-  c, dataset = run.config, data_lib.make(**run.config.data)
+  c, dataset = run.config, opened.data_of(run)
   mesh = make_mesh(c.mesh if fits(c.mesh) else MeshShape(data=1))
   variables = {"params": lowrank.extract(run.params, run.ranks, run.layers)}
   size = count_cost(run.layers, variables["params"])

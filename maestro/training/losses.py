@@ -1,8 +1,9 @@
 """Losses of single examples, and what is reported beside them.
 
-An example has one target, a label or a vector, or a row of labels, one for each
-token, of which those below 0 count for nothing. What is reported of tokens is a
-mean over all of them that count, not a mean of means.
+An example has one target, a label or a vector, or a row of labels, one for
+each token, of which those below 0 count for nothing. The loss of a batch, and
+what an evaluation reports, are means over all tokens that count, not means of
+means.
 """
 
 from typing import Any

@@ -62,6 +62,27 @@ def _read_facts(path: pathlib.Path) -> Facts | None:
     return None
 
 
+def check_data(workdir: pathlib.Path, found: Facts) -> None:
+  """Raises UserError if a workdir has begun on other data than is there."""
+  saved = workdir / "checkpoints"
+  if saved.is_dir() and checkpoint.list_steps(saved):
+    facts = _read_facts(workdir / "facts.json")
+    if facts is not None:
+      facts.check(found, workdir)
+
+
+def data_of(run: Run) -> data_lib.Dataset:
+  """Reads the data set of a run.
+
+  Raises:
+    DataError: it is not there, or damaged.
+    UserError: it is not what the run was trained on.
+  """
+  dataset = data_lib.make(**run.config.data)
+  run.facts.check(Facts.of(dataset), run.workdir)
+  return dataset
+
+
 def open_run(
   workdir: str | os.PathLike, which: str = "final", data_dir: str | None = None
 ) -> Run:

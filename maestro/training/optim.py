@@ -105,7 +105,8 @@ def inverse_sqrt(
 
   with n steps of warm-up: the schedule of Vaswani et al. (2017), section 5.3,
   called Noam, whose peak is (width * n)^-1/2. There is no end that it knows of;
-  `warmup` and `begun` are lengths in any unit, such as "steps:4000".
+  `warmup` and `begun` are lengths in any unit, such as "steps:4000". Where a
+  method ends the earlier phase before its time, the rate falls by a step.
 
   Args:
     clock: of the run.

@@ -153,9 +153,9 @@ def make_step(
       whole if accumulate == 1 else in_parts, x, y, lengths
     )
     grads = placement.constrain(grads, state.params)
-    weight = {"lam": state.controls["lam"]} if state.controls else {}
+    force = {"lam": state.controls["lam"]} if state.controls else {}
     updates, opt_state = optax.with_extra_args_support(tx).update(
-      grads, state.opt_state, state.params, **weight
+      grads, state.opt_state, state.params, **force
     )
     sums |= {"penalty": added}
     sums |= {"steps": 1.0, "grad_norm": optax.tree.norm(grads)}
@@ -182,6 +182,7 @@ def _at_length(
   if lengths is None or len(lengths) == 1:
     return f(x, y)
   used = jnp.any(x != 0, axis=tuple(range(x.ndim - 1)))
+  used |= jnp.any(y >= 0, axis=0)
   longest = jnp.max(jnp.where(used, jnp.arange(1, len(used) + 1), 0))
   at = jnp.searchsorted(jnp.asarray(lengths), longest)
   branches = [lambda x, y, n=n: f(x[..., :n], y[..., :n]) for n in lengths]

@@ -15,6 +15,7 @@ from maestro.data.bleu import bleu
 from maestro.data.dataset import END, START, DataError, example_lengths
 from maestro.data.text import require
 from maestro.models.attention import unstack
+from maestro.parallel import processes
 
 WIDTH, ALPHA = 4, 0.6  # of the beam, as Vaswani et al. (2017), section 6.1
 
@@ -83,12 +84,18 @@ def make_score(
   Other data sets have none, nor has a machine without the package `sacrebleu`,
   which is said once.
   """
-  if dataset.vocabulary is None or dataset.val.references is None:
+  if dataset.val.references is None or not hasattr(model, "begin"):
     return evaluate
+  missing = ""
   try:
     require("sacrebleu", "BLEU")
   except DataError as error:
-    logging.warning("translations are not scored: %s", error)
+    missing = str(error)
+  if not processes.alone():  # all translate together, or none
+    remedy = "install it on all hosts, or on none"
+    processes.agree("whether sacrebleu is there", missing or "yes", remedy)
+  if missing:
+    logging.warning("translations are not scored: %s", missing)
     return evaluate
   translate = make_translate(model, dataset, batch_size=batch_size)
 
