@@ -23,9 +23,7 @@ from maestro.training.state import TrainState, zero_metrics
 from maestro.training.step import make_step
 
 WORDS, LENGTH, BATCH = 11, 8, 8
-MODEL = models.Transformer(
-  WORDS, layers=1, width=8, hidden=8, heads=2, dropout=0.0, norm="pre"
-)
+MODEL = models.GPT(WORDS, LENGTH, layers=1, width=8, heads=2, dropout=0.0)
 SGD = optax.sgd(1.0)  # updates are gradients
 
 
@@ -35,27 +33,26 @@ def quickly(monkeypatch, jit):
 
 
 def sentences(n, longest=LENGTH, seed=0):
-  """Returns a split of pairs of 1 to `longest` tokens, unequal ones."""
+  """Returns a split of rows of 1 to `longest` tokens, unequal ones."""
   rng = np.random.default_rng(seed)
-  x = np.zeros((n, 2, LENGTH), np.int32)
+  x = np.zeros((n, LENGTH), np.int32)
   y = np.full((n, LENGTH), -1, np.int32)
   for i in range(n):
-    a, b = rng.integers(1, longest + 1, 2)
-    x[i, 0, :a] = rng.integers(3, WORDS, a)
-    y[i, :b] = rng.integers(3, WORDS, b)
-    x[i, 1, :b] = np.append(2, y[i, : b - 1])
+    k = rng.integers(1, longest + 1)
+    y[i, :k] = rng.integers(3, WORDS, k)
+    x[i, :k] = np.append(2, y[i, : k - 1])
   return Split(x, y)
 
 
 @functools.cache
 def problem():
-  x = jax.ShapeDtypeStruct((2, 2, LENGTH), jnp.int32)
+  x = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
   shapes = jax.eval_shape(MODEL.init, jax.random.key(0), x)["params"]
   rng = np.random.default_rng(1)
   dense = jax.tree.map(
     lambda a: jnp.asarray(rng.standard_normal(a.shape) / 2, jnp.float32), shapes
   )
-  rule = Rule("(encoder|decoder)/.*(up|down)")
+  rule = Rule("blocks/.*(up|down)")
   params = lowrank.decompose(dense, [rule], nn.layers(MODEL, x))
   return params, lowrank.full_ranks(params)
 
