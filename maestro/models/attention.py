@@ -45,8 +45,9 @@ class Attention(linen.Module):
     self.query, self.key, self.value = dense(), dense(), dense()
     self.out = dense()
 
-  def memory(self, source: jax.Array) -> dict[str, jax.Array]:
+  def memory(self, source: jax.Array | None) -> dict[str, jax.Array]:
     """What can be attended to: [b, s, width] -> k, v of [b, s, heads, d]."""
+    assert source is not None  # a crossed block is given one
     return {
       "k": self._split(self.key(source)),
       "v": self._split(self.value(source)),
@@ -250,7 +251,7 @@ class Stack(linen.Module):
   ) -> jax.Array:
     """As of `Block`."""
     if not self.scan:
-      for block in self.layers:
+      for block in self._blocks():
         x = block(x, mask, source, source_mask, train=train)
       return x
 
@@ -289,7 +290,8 @@ class Stack(linen.Module):
         "token by token, blocks run one by one: `unstack` the variables, and"
         " make the model with scan=False"
       )
-    return self.layers
+    assert isinstance(self.layers, list | tuple)
+    return list(self.layers)
 
 
 def unstack(tree: Any) -> Any:

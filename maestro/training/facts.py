@@ -45,6 +45,7 @@ class Facts:
     )
     options = getattr(dataset.preprocess, "keywords", {})
     scale = {k: options[k] for k in ("mean", "std") if k in options}
+    words = dataset.vocabulary
     return cls(
       data=dataset.name,
       input_shape=tuple(x.shape[1:]),
@@ -52,7 +53,7 @@ class Facts:
       num_classes=dataset.num_classes,
       normalization=workdir_lib.plain(scale) or None,
       train_examples=len(dataset.train),
-      vocabulary=dataset.vocabulary and dataset.vocabulary.digest,
+      vocabulary=None if words is None else words.digest,
     )
 
   @property
