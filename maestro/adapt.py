@@ -16,7 +16,6 @@ import contextvars
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ from flax.errors import ScopeParamNotFoundError
 
 from maestro import nn as lowrank_nn
 from maestro import trees
-from maestro.nn import RANK, path_of
+from maestro.nn import RANK, path_of, stays_dense
 from maestro.trees import LowRankError
 
 
@@ -305,14 +304,12 @@ class _Calls:
       raise LowRankError(
         f"layers {sorted(self.tables)}: the model reads the table of an"
         " embedding outside of the layer, where it holds factors instead; let"
-        " it call `attend`, or keep the layer dense by a rule before the"
-        f" others, as Rule({re.escape(path)!r}, decompose=False)"
+        f" it call `attend`, or {stays_dense(path)}"
       ) from error
 
 
 def _unread(path: str, name: str) -> LowRankError:
   return LowRankError(
     f"layer {path!r}: {name} computes in its own way and does not read the"
-    " factors that its parameters hold; keep it dense by a rule before the"
-    f" others: Rule({re.escape(path)!r}, decompose=False)"
+    f" factors that its parameters hold; {stays_dense(path)}"
   )

@@ -15,6 +15,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,14 @@ def path_of(module: nn.Module) -> str:
   return "/".join(module.path)
 
 
+def stays_dense(path: str) -> str:
+  """Says by which rule a layer is not decomposed."""
+  return (
+    "keep it dense by a rule before the others:"
+    f" Rule({re.escape(path)!r}, decompose=False)"
+  )
+
+
 # Of a rank that lies among its layer's parameters, as `maestro.adapt` puts it
 # there: whatever transform passes on the parameters passes it on, too.
 RANK = "maestro_rank"
@@ -52,8 +61,7 @@ def _factors(module: nn.Module) -> tuple[Any, Any, Any]:
   if type(module).param is not nn.Module.param:
     raise LowRankError(
       f"layer {path_of(module)!r}: {type(module).__name__} overrides `param`,"
-      " which factors do not pass through; keep the layer dense by a rule with"
-      " decompose=False"
+      f" which factors do not pass through; {stays_dense(path_of(module))}"
     )
   # Not `param`, which would hold truncated factors to the initial shapes.
   u, v = (_parameter(module, name) for name in ("u", "v"))
@@ -113,7 +121,8 @@ def _refuse(module: Any, *names: str) -> None:
     if getattr(module, name) is not None:
       raise LowRankError(
         f"layer {path_of(module)!r}: `{name}` replaces one product by another,"
-        " but a factored layer has two; leave it out or keep the layer dense"
+        " but a factored layer has two; leave it out, or"
+        f" {stays_dense(path_of(module))}"
       )
 
 
@@ -276,7 +285,7 @@ def _masked_product(module: nn.Conv, u, v, rank):
   if module.feature_group_count > 1:
     raise LowRankError(
       f"layer {path_of(module)!r}: a mask on a grouped, factored convolution is"
-      " not supported; keep the layer dense (Rule(..., decompose=False))"
+      f" not supported; {stays_dense(path_of(module))}"
     )
   if rank is not None:
     u = trees.mask_factor(u, "u", rank)

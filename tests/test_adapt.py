@@ -779,6 +779,13 @@ class OwnEinsum(nn.Dense):
     return jnp.einsum("bi,io->bo", inputs, self.param("kernel", init, shape))
 
 
+class OwnParam(nn.Dense):
+  """Reads its parameters in its own way."""
+
+  def param(self, name, *args, **kwargs):
+    return super().param(name, *args, **kwargs)
+
+
 class OwnFactors(nn.Dense):
   """Names its own parameters as factors are named."""
 
@@ -804,6 +811,7 @@ def _read(x):
   [
     (lambda x: OwnEinsum(4, name="own")(x), "own"),
     (lambda x: nn.Dense(4, dot_general=jax.lax.dot_general, name="d")(x), "d"),
+    (lambda x: OwnParam(4, name="read")(x), "read"),
   ],
 )
 @pytest.mark.parametrize("summed", [False, True])
@@ -813,7 +821,8 @@ def test_a_layer_that_cannot_follow_is_refused_by_name(function, path, summed):
   if summed:  # its kernel is there, and its factors would be forgotten
     params = {path: {**dense[path], **params[path]}}
   for variables in ({}, {"ranks": ranks}):
-    with pytest.raises(LowRankError, match=f"layer '{path}'.*dense"):
+    rule = rf"Rule\('{path}', decompose=False\)"
+    with pytest.raises(LowRankError, match=f"layer '{path}'.*{rule}"):
       model.apply({"params": params, **variables}, X)
   rules = [Rule(path, decompose=False)]
   layers = maestro.layers(model, X)
