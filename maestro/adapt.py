@@ -220,7 +220,7 @@ def _intercepted(method: Callable) -> Callable:
       with nn.intercept_methods(calls.intercept):
         y = method(self, *args, **kwargs)
     except (AttributeError, KeyError) as error:
-      calls.explain(error)
+      calls.explain(error, self)
       raise
     finally:
       _active.reset(token)
@@ -288,24 +288,36 @@ class _Calls:
     for path in sorted(self.called.keys() - self.read):
       raise _unread(path, self.called[path])
 
-  def explain(self, error: Exception) -> None:
+  def explain(self, error: Exception, module: nn.Module) -> None:
     """Raises a better error for a weight that is read outside of its layer."""
     if isinstance(error, KeyError) and error.args[:1] in (
       ("kernel",),
       ("embedding",),
     ):
-      raise LowRankError(
-        f"the model reads {error.args[0]!r} out of the parameters of a layer"
-        " that holds factors instead; keep that layer dense by a rule before"
-        " the others: Rule(its path, decompose=False)"
-      ) from error
-    if '"embedding"' in str(error) and self.tables:
+      (name,) = error.args[:1]
+      paths = self.tables
+      if name == "kernel":
+        paths = _without_kernel(module) - self.tables
+      if paths := sorted(paths):
+        raise LowRankError(
+          f"the model reads {name!r} out of the parameters of a layer that"
+          f" holds factors instead, one of {paths}; for the first,"
+          f" {stays_dense(paths[0])}"
+        ) from error
+    elif '"embedding"' in str(error) and self.tables:
       path, *_ = sorted(self.tables)
       raise LowRankError(
         f"layers {sorted(self.tables)}: the model reads the table of an"
         " embedding outside of the layer, where it holds factors instead; let"
         f" it call `attend`, or {stays_dense(path)}"
       ) from error
+
+
+def _without_kernel(module: nn.Module) -> set[str]:
+  """Paths of the layers in a bound module that hold factors alone."""
+  params = module.variables.get("params", {})
+  nodes = trees.walk(params, path_of(module))
+  return {path for path, node in nodes if "kernel" not in node}
 
 
 def _unread(path: str, name: str) -> LowRankError:

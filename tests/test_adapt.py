@@ -865,7 +865,7 @@ def test_a_kernel_that_is_used_otherwise_is_refused_by_name(function, path):
   ("function", "path", "message"),
   [
     (_tied, "embed", r"\['embed'\].*outside.*Rule\('embed', decompose=False"),
-    (_read, "layer", "reads 'kernel' out of the parameters.*decompose=False"),
+    (_read, "layer", r"reads 'kernel'.*\['layer'\].*Rule\('layer', decompose"),
   ],
 )
 def test_a_weight_that_is_read_outside_is_explained(function, path, message):
@@ -875,6 +875,19 @@ def test_a_weight_that_is_read_outside_is_explained(function, path, message):
     params[path]["bias"] = jnp.ones(6)
   with pytest.raises(LowRankError, match=message):
     model.apply({"params": params}, X)
+
+
+@pytest.mark.parametrize("name", ["kernel", "embedding"])
+def test_a_key_error_of_a_dense_model_stays_what_it_is(name):
+  """It is the user's own, whatever is missing where."""
+  model = maestro.factored(Net(lambda x: nn.Dense(3)(x) + {"a": 1}[name]))
+  with pytest.raises(KeyError, match=name) as caught:
+    model.init(KEY, X)
+  assert not isinstance(caught.value, LowRankError)
+  params = {"Dense_0": {"kernel": jnp.ones((6, 3)), "bias": jnp.ones(3)}}
+  with pytest.raises(KeyError, match=name) as caught:
+    model.apply({"params": params}, X)
+  assert not isinstance(caught.value, LowRankError)
 
 
 def test_own_parameters_of_the_same_names_are_refused():
