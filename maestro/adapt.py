@@ -106,7 +106,11 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
   def call_on_factors(self, function, *args, **kwargs):
     return function(self, *args, **kwargs)
 
-  head = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+  # Under the name of the class: by it, Flax names modules that have none.
+  head = {
+    name: getattr(cls, name)
+    for name in ("__module__", "__qualname__", "__doc__")
+  }
   base = type(
     cls.__name__, (cls,), {**head, "call_on_factors": call_on_factors}
   )
@@ -132,7 +136,7 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
     return mapped.apply(self, variables, *args, method=method, **kwargs)
 
   body = {**head, **methods, "apply": apply}
-  return type(f"Factored{cls.__name__}", (mapped,), body)
+  return type(cls.__name__, (mapped,), body)
 
 
 def _methods(cls: type[nn.Module]) -> list[str]:
