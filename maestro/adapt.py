@@ -71,10 +71,11 @@ def factored(model: Any) -> Any:
       made within another module: `maestro.factored(Block)(features=4)`.
 
   Raises:
-    LowRankError: `model` is something else. When called: a rank names a layer
-      without factors, or does not fit it; or a layer that is called, or a
-      parameter that is read outside of its layer, is factored, and what the
-      model does with it cannot be followed; says by which rule it stays dense.
+    LowRankError: `model` is something else, or of a class that was made of a
+      factored one. When called: a rank names a layer without factors, or does
+      not fit it; or a layer that is called, or a parameter that is read outside
+      of its layer, is factored, and what the model does with it cannot be
+      followed; says by which rule it stays dense.
   """
   if inspect.isclass(model) and issubclass(model, nn.Module):
     return _class_of(model)
@@ -97,11 +98,30 @@ def factored(model: Any) -> Any:
   return _class_of(type(model))(parent=None, **fields)
 
 
-@functools.cache
+# On a class, what was made of it; on that, what it was made of. So the two live
+# as long as each other, which they would not in a cache.
+_MADE, _MADE_OF = "_maestro_factored", "_maestro_factored_of"
+
+
 def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
-  """Makes the subclass, each method of which is mapped and then intercepted."""
-  if hasattr(cls, "call_on_factors"):
+  """Returns the subclass that runs on factors: one for each class."""
+  if _MADE_OF in vars(cls):
     return cls
+  if (plain := getattr(cls, _MADE_OF, None)) is not None:
+    raise LowRankError(
+      f"{cls.__name__} is a subclass, or a transform, of a class that is"
+      " factored already, and its own methods would not be: make it of"
+      f" {plain.__name__} as it was, and call factored() on what results"
+    )
+  if _MADE not in vars(cls):
+    made = _make_class(cls)
+    setattr(made, _MADE_OF, cls)
+    setattr(cls, _MADE, made)
+  return vars(cls)[_MADE]
+
+
+def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
+  """Makes the subclass, each method of which is mapped and then intercepted."""
 
   def call_on_factors(self, function, *args, **kwargs):
     return function(self, *args, **kwargs)

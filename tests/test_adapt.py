@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gc
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -939,6 +941,38 @@ def test_layers_of_nnx_run_and_stay_dense():
   assert model.apply({"params": params}, X).shape == (2, 4)
   with pytest.raises(LowRankError, match="cannot be factored"):
     maestro.decompose(params, ALL, layers)
+
+
+def test_what_is_made_of_a_factored_class_is_refused():
+  block = maestro.factored(Decoder)
+
+  class Wider(block):
+    pass
+
+  for cls in (Wider, nn.remat(block)):
+    with pytest.raises(LowRankError, match="make it of Decoder as it was"):
+      maestro.factored(cls())
+
+  class Plain(Decoder):  # of whose parent a factored class exists
+    pass
+
+  model = maestro.factored(Plain())
+  assert isinstance(model, Plain)
+  assert not isinstance(model, block)
+
+
+def test_a_class_that_is_factored_can_be_forgotten():
+  class Passing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(3)(x)
+
+  jax.eval_shape(maestro.factored(Passing()).init, KEY, X)
+  assert maestro.factored(Passing) is maestro.factored(Passing)
+  known = weakref.ref(Passing)
+  del Passing
+  gc.collect()
+  assert known() is None
 
 
 def test_what_is_no_free_module_is_refused():
