@@ -123,7 +123,8 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module]:
 def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
   """Makes the subclass, each method of which is mapped and then intercepted."""
 
-  def call_on_factors(self, function, *args, **kwargs):
+  # Positional-only, as the user's own arguments may have these names.
+  def call_on_factors(self, function, /, *args, **kwargs):
     return function(self, *args, **kwargs)
 
   # Under the name of the class: by it, Flax names modules that have none.
@@ -150,7 +151,7 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
     function = getattr(method, "__func__", method)
     if callable(function) and function not in methods.values():
       # Of the model that was given, or of a module in general.
-      method = lambda m, *args, **kwargs: m.call_on_factors(  # noqa: E731
+      method = lambda m, /, *args, **kwargs: m.call_on_factors(  # noqa: E731
         function, *args, **kwargs
       )
     return mapped.apply(self, variables, *args, method=method, **kwargs)
@@ -235,7 +236,7 @@ _active = contextvars.ContextVar("factored_model_runs", default=False)
 
 def _intercepted(method: Callable) -> Callable:
   @functools.wraps(method)
-  def run(self, *args, **kwargs):
+  def run(self, /, *args, **kwargs):
     if _active.get():  # the model around this one sees its layers
       return method(self, *args, **kwargs)
     calls = _Calls()

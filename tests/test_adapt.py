@@ -692,6 +692,17 @@ def test_other_methods_and_bound_modules_read_factors(close):
   close(adapted.bind(variables).generate(z), wanted)
 
 
+def test_arguments_of_a_method_may_have_any_name(close):
+  def method(module, x, *, function, m):
+    return module(x) + function + m
+
+  model = maestro.factored(Decoder())
+  variables = model.init(KEY, X)
+  given = {"function": 1.0, "m": 2.0}
+  found = model.apply(variables, X, method=method, **given)
+  close(found, Decoder().apply(variables, X) + 3)
+
+
 def test_it_can_be_a_module_within_another(close):
   """Of a class, which takes its ranks below its own path."""
 
