@@ -90,12 +90,19 @@ def factored(model: Any) -> Any:
       f" {type(model).__name__} has a parent; within a module, wrap the class:"
       f" maestro.factored({type(model).__name__})(...)"
     )
-  fields = {
+  return _remade(type(model), _fields(model))
+
+
+def _fields(model: nn.Module) -> dict[str, Any]:
+  return {
     field.name: getattr(model, field.name)
     for field in dataclasses.fields(model)
     if field.init and field.name != "parent"
   }
-  return _class_of(type(model))(parent=None, **fields)
+
+
+def _remade(cls: type[nn.Module], fields: Mapping[str, Any]) -> nn.Module:
+  return _class_of(cls)(parent=None, **fields)
 
 
 # On a class, what was made of it; on that, what it was made of. So the two live
@@ -156,7 +163,13 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
       )
     return mapped.apply(self, variables, *args, method=method, **kwargs)
 
-  body = {**head, **methods, "apply": apply}
+  @nn.nowrap
+  def reduce(self, protocol):
+    if self.scope is not None or _MADE_OF not in vars(type(self)):
+      return object.__reduce_ex__(self, protocol)
+    return _remade, (cls, _fields(self))  # no import finds the class itself
+
+  body = {**head, **methods, "apply": apply, "__reduce_ex__": reduce}
   return type(cls.__name__, (mapped,), body)
 
 

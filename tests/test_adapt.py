@@ -1,10 +1,12 @@
 """Unmodified Flax models on factors: equal to mask, merge and the model."""
 
+import copy
 import dataclasses
 import functools
 import gc
 import weakref
 from collections.abc import Mapping
+from multiprocessing.reduction import ForkingPickler as Pickler
 from typing import Any
 
 import flax.linen as nn
@@ -672,6 +674,18 @@ def test_it_is_one_class_with_the_models_fields_and_signature():
   assert maestro.introspect.mode(maestro.factored(ViT()), train=True) == {
     "train": True
   }
+
+
+@pytest.mark.parametrize(
+  "copied",
+  [copy.copy, copy.deepcopy, lambda x: Pickler.loads(Pickler.dumps(x))],
+)
+def test_it_can_be_copied_and_sent_to_a_process(copied):
+  model = maestro.factored(VAE(latents=3, name="vae"))
+  again = copied(model)
+  assert type(again) is type(model)
+  assert again == model
+  assert again.name == "vae"
 
 
 def test_other_methods_and_bound_modules_read_factors(close):
