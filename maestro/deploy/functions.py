@@ -27,7 +27,13 @@ from maestro.cost.budget import COSTS
 from maestro.cost.count import Cost, count_cost
 from maestro.deploy import artifact, verify
 from maestro.deploy import files as safetensors_io
-from maestro.deploy.artifact import FORMAT, FORMAT_VERSION, STABLEHLO, WEIGHTS
+from maestro.deploy.directory import (
+  FORMAT,
+  FORMAT_VERSION,
+  METADATA,
+  STABLEHLO,
+  WEIGHTS,
+)
 from maestro.deploy.stablehlo import PLATFORMS
 from maestro.errors import UserError
 from maestro.ops import cpu
@@ -176,8 +182,7 @@ def export_model(
       },
     }
     tensors = {f"params/{path}": x for path, x in flat.items()}
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    safetensors_io.write(new / WEIGHTS, tensors, metadata)
+    safetensors_io.write(new / WEIGHTS, tensors, METADATA)
     with (new / STABLEHLO).open("xb") as file:
       file.write(function.serialize())
       file.flush()

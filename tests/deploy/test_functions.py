@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 
 import maestro
-from maestro.deploy import functions
-from maestro.deploy.artifact import CONFIG, STABLEHLO, WEIGHTS, ArtifactError
+from maestro.deploy import files, functions
+from maestro.deploy.directory import (
+  CONFIG,
+  METADATA,
+  STABLEHLO,
+  WEIGHTS,
+  ArtifactError,
+)
 from maestro.deploy.functions import FunctionError
 from maestro.deploy.verify import DifferenceError
 from maestro.errors import UserError
@@ -106,6 +112,11 @@ def test_the_config_says_what_it_costs(trained, exported):
   inputs = config["function"]["inputs"]
   assert "tokens: int32[2, 3]" in inputs
   assert "scale=float32[8]" in inputs
+
+
+def test_its_weights_are_marked_as_those_of_any_export(exported):
+  with files.Reader(exported[0] / WEIGHTS) as reader:
+    assert reader.metadata == METADATA
 
 
 def test_a_size_that_is_not_there_is_told(exported):
