@@ -96,19 +96,22 @@ def export_model(
     ranks: rank tree, concrete.
     layers: from `maestro.layers`.
     example: the arguments after the parameters; arrays, or abstract ones in
-      whose place random numbers are tried.
+      whose place random numbers are tried, of integers those that all tables
+      among the layers have.
     keywords: those by keyword.
     out: directory to make; an earlier export there is replaced.
     any_batch: whether the first axis of the first array, and of all others of
-      the same size, is a batch, of any size later.
+      the same size, is a batch, of any size later; config.json says which, as
+      float32[n, 4]. Where another array has that size by chance, as the raw key
+      uint32[2] beside 2 examples, give an example of another size.
     tolerance: the largest relative difference to the masked network.
 
   Returns:
     The content of config.json.
 
   Raises:
-    FunctionError: an argument is no array, `apply` does not run on factors, or
-      it cannot be lowered.
+    FunctionError: an argument is no array or a random key, `apply` does not
+      run on factors, or it cannot be lowered.
     DifferenceError: what was exported differs by more than the tolerance.
     ArtifactError: the directory is something else, or cannot be written.
     LowRankError: ranks do not fit the parameters.
@@ -116,7 +119,9 @@ def export_model(
   out = pathlib.Path(out).absolute()
   artifact.check_target(out)
   given = (tuple(example), dict(keywords or {}))
-  args, kwargs = jax.tree.map_with_path(_concrete, given)
+  args, kwargs = jax.tree.map_with_path(
+    lambda path, x: _concrete(path, x, layers), given
+  )
   params, ranks = meta.unbox(params), jax.device_get(ranks)
   extract = jax.jit(lambda p: lowrank.extract(p, ranks, layers))
   small = jax.device_get(extract(params))
@@ -169,7 +174,7 @@ def export_model(
       "format": FORMAT,
       "format_version": FORMAT_VERSION,
       "function": {
-        "inputs": _described(args, kwargs),
+        "inputs": _described(args, kwargs, any_batch),
         "any_batch": any_batch,
       },
       "source": {"git": git_commit(), "maestro": maestro.__version__},
@@ -195,25 +200,36 @@ def _totals(cost: Cost) -> dict[str, int]:
   return {kind: getattr(cost, kind) for kind in COSTS}
 
 
-def _concrete(path: Any, x: Any) -> Any:
+def _concrete(path: Any, x: Any, layers: trees.Layers) -> Any:
   """An argument itself, or random numbers of its type."""
+  where = f"example{jax.tree_util.keystr(path)}"
   if not hasattr(x, "shape") or not hasattr(x, "dtype"):
     raise FunctionError(
-      f"example{jax.tree_util.keystr(path)}: {x!r} is no array; what does not"
-      " change from call to call belongs into `apply`"
+      f"{where}: {x!r} is no array; what does not change from call to call"
+      " belongs into `apply`"
+    )
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    raise FunctionError(
+      f"{where}: a random key ({x.dtype}) is no array that can be stored; let"
+      " `apply` hold it, or take jax.random.key_data of it and wrap that by"
+      " jax.random.wrap_key_data"
     )
   if not isinstance(x, jax.ShapeDtypeStruct):
     return x
   if not x.shape:
     return np.ones((), x.dtype)
-  return verify.make_inputs(x, x.shape[0])
+  return verify.make_inputs(x, x.shape[0], specs=layers)
 
 
-def _described(args: tuple, kwargs: dict) -> str:
-  """The types of arguments as text."""
-  types = jax.tree.map(
-    lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}", (args, kwargs)
-  )
+def _described(args: tuple, kwargs: dict, any_batch: bool) -> str:
+  """The types of arguments as text, as float32[n, 4] of n examples."""
+
+  def describe(x, batched):
+    sizes = ["n", *x.shape[1:]] if any_batch and batched else x.shape
+    return f"{np.dtype(x.dtype)}[{', '.join(map(str, sizes))}]"
+
+  given = (args, kwargs)
+  types = jax.tree.map(describe, given, _batched(given))
   words = [*map(str, types[0]), *(f"{k}={v}" for k, v in types[1].items())]
   return ", ".join(words).replace("'", "")
 

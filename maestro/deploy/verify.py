@@ -10,22 +10,31 @@ import numpy as np
 from maestro import lowrank, ops
 from maestro.errors import UserError
 from maestro.introspect import layers, mode
+from maestro.trees import Layers
 
 
 class DifferenceError(UserError):
   """Two networks that should be equal are not."""
 
 
-def make_inputs(example: Any, n: int = 8, model: Any = None) -> np.ndarray:
+def make_inputs(
+  example: Any,
+  n: int = 8,
+  model: Any = None,
+  *,
+  specs: Layers | None = None,
+) -> np.ndarray:
   """Random inputs, so that no data is needed.
 
-  Tokens are any that all of the model's tables have, or 0 and 1 without one.
+  Tokens are any that all tables have, of the model or of the layers that are
+  given instead, or 0 and 1 without a table.
   """
   shape, dtype = (n, *example.shape[1:]), np.dtype(example.dtype)
   rng = np.random.default_rng(0)
   if np.issubdtype(dtype, np.integer):
-    specs = {} if model is None else layers(model, example)
-    tables = [s.n_in for s in specs.values() if s.kind == "embed"]
+    if specs is None and model is not None:
+      specs = layers(model, example)
+    tables = [s.n_in for s in (specs or {}).values() if s.kind == "embed"]
     return rng.integers(0, min(tables, default=2), shape).astype(dtype)
   return rng.standard_normal(shape).astype(dtype)
 

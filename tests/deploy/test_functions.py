@@ -110,7 +110,7 @@ def test_the_config_says_what_it_costs(trained, exported):
   assert max(size["difference"].values()) < 1e-5
   assert size["ranks"]["head"] == 2
   inputs = config["function"]["inputs"]
-  assert "tokens: int32[2, 3]" in inputs
+  assert "tokens: int32[n, 3]" in inputs
   assert "scale=float32[8]" in inputs
 
 
@@ -138,7 +138,7 @@ def test_an_altered_byte_is_found(exported, tmp_path, name):
 
 def test_other_arguments_are_told(exported):
   model, variables = maestro.load(exported[0])
-  with pytest.raises(FunctionError, match=r"tokens: int32\[2, 3\]"):
+  with pytest.raises(FunctionError, match=r"tokens: int32\[n, 3\]"):
     model.apply(variables, _batch(2))
   wrong = {**_batch(2), "offset": np.ones((2, 7), np.float32)}
   with pytest.raises(FunctionError, match="an exported function of"):
@@ -180,6 +180,11 @@ def _function(apply=None, example=ONES, **options):
       r"example\[0\]\[1\]: False is no array; what does not change",
     ),
     (
+      _function(example=(*ONES, jax.random.key(0))),
+      FunctionError,
+      r"example\[0\]\[1\]: a random key \(key<.*jax\.random\.key_data",
+    ),
+    (
       _function(lambda p, x: nn.Dense(5).apply({"params": p}, x)),
       FunctionError,
       r"does not run on factors.*maestro\.factored",
@@ -208,6 +213,23 @@ def test_what_cannot_be_exported_writes_nothing(
   with pytest.raises(error, match=message):
     maestro.export_model(*args, out=tmp_path / "out", **options)
   assert not (tmp_path / "out").exists()
+
+
+def test_abstract_tokens_are_any_that_all_tables_have(tmp_path):
+  def apply(params, tokens):
+    raise RuntimeError(tokens)
+
+  layers = {
+    "wide": maestro.LayerSpec("embed", (90,), (4,)),
+    "head": maestro.LayerSpec("dense", (4,), (2,)),
+    "narrow": maestro.LayerSpec("embed", (9,), (4,)),
+  }
+  tokens = jax.ShapeDtypeStruct((6, 50), jnp.int32)
+  with pytest.raises(RuntimeError) as found:
+    maestro.export_model(apply, {}, {}, layers, (tokens,), out=tmp_path / "out")
+  (drawn,) = found.value.args
+  assert drawn.shape == (6, 50)
+  assert set(np.unique(drawn)) == set(range(9))
 
 
 def test_one_size_alone_and_an_abstract_example(tmp_path):
