@@ -208,7 +208,7 @@ def _concrete(path: Any, x: Any, layers: trees.Layers) -> Any:
       f"{where}: {x!r} is no array; what does not change from call to call"
       " belongs into `apply`"
     )
-  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+  if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
     raise FunctionError(
       f"{where}: a random key ({x.dtype}) is no array that can be stored; let"
       " `apply` hold it, or take jax.random.key_data of it and wrap that by"
