@@ -21,6 +21,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.core import FrozenDict, freeze
 from flax.errors import ScopeParamNotFoundError
 
 from maestro import nn as lowrank_nn
@@ -134,14 +135,20 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
   def call_on_factors(self, function, /, *args, **kwargs):
     return function(self, *args, **kwargs)
 
+  @property
+  def variables(self):  # as they were given: ranks are no parameters
+    given: Any = super(base, self)
+    found = given.variables
+    shown = _remove_ranks(found)
+    return freeze(shown) if isinstance(found, FrozenDict) else shown
+
   # Under the name of the class: by it, Flax names modules that have none.
   head = {
     name: getattr(cls, name)
     for name in ("__module__", "__qualname__", "__doc__")
   }
-  base = type(
-    cls.__name__, (cls,), {**head, "call_on_factors": call_on_factors}
-  )
+  own = {"call_on_factors": call_on_factors, "variables": variables}
+  base = type(cls.__name__, (cls,), {**head, **own})
   names = _methods(base)
   mapped = nn.map_variables(
     base,

@@ -688,6 +688,25 @@ def test_it_can_be_copied_and_sent_to_a_process(copied):
   assert again.name == "vae"
 
 
+class Penalised(nn.Module):
+  """Sums over its own parameters, all of them."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.Dense(5, name="fc")(x)
+    weights = jax.tree.leaves(self.variables["params"])
+    return y, sum(jnp.sum(w * w) for w in weights)
+
+
+def test_ranks_are_no_parameters_to_the_model(close):
+  model = maestro.factored(Penalised())
+  _, _, params, ranks = _decomposed(model)
+  _, found = model.apply({"params": params, "ranks": ranks}, X)
+  close(found, sum(jnp.sum(w * w) for w in jax.tree.leaves(params)))
+  variables = model.bind({"params": params, "ranks": ranks}).variables
+  assert variables["ranks"] == ranks
+
+
 def test_other_methods_and_bound_modules_read_factors(close):
   foreign = FOREIGN["vae"]
   variables = {"params": foreign.params, "ranks": foreign.half}
