@@ -283,7 +283,7 @@ def test_conv_mask_refuses_what_it_cannot_do():
   model = maestro.nn.Conv(6, (2, 2), feature_group_count=2, mask=mask)
   factors = {"u": jnp.ones((2, 2, 2, 2, 3)), "v": jnp.ones((2, 3, 3))}
   factored = factors | {"bias": jnp.ones(6)}
-  with pytest.raises(LowRankError, match="mask on a grouped.*Rule"):
+  with pytest.raises(LowRankError, match=r"mask on a grouped.*Rule"):
     model.apply({"params": factored}, x)
 
 
