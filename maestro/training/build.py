@@ -28,7 +28,6 @@ from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import (
   PHASES,
   Config,
-  FullPass,
   clock_of,
   length_of,
   periods_of,
@@ -248,10 +247,6 @@ def make_training(
     tx = optim.make(c.optimizer, schedule)
     return schedule, method.optimizer(tx, schedule, discover)
 
-  def full_pass(phase: str) -> FullPass | None:
-    # Before the chain there is nothing to teach.
-    return None if method.nested and phase == "discover" else c.full_pass
-
   @functools.cache
   def program(
     phase: str, discover: int, steps: int, level: Level | None = None
@@ -266,7 +261,8 @@ def make_training(
       steps_per_epoch=clock.steps_per_epoch,
       lam=method.lams[phase],
       penalty=method.penalty,
-      full_pass=full_pass(phase),
+      # Before the chain there is nothing to teach.
+      full_pass=None if method.nested and phase == "discover" else c.full_pass,
       placement=placement,
       level=level,
       accumulate=c.accumulate,

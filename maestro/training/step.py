@@ -86,6 +86,7 @@ def make_step(
   if label_smoothing:
     example_loss = functools.partial(example_loss, smoothing=label_smoothing)
   task = _make_task(model, example_loss, full_pass, placement, level, remat)
+  gradient = _make_gradient(task, loss, placement, accumulate)
 
   def step(state: TrainState, data: Data) -> tuple[TrainState, jax.Array]:
     key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
@@ -109,48 +110,17 @@ def make_step(
       part = params if level is None else lowrank.truncate(params, live)
       return lam * penalty(part, live)
 
-    # Of the whole batch, so that micro-batches add up to it.
-    weight = losses.weight(y)
-
-    def whole(x, y):
-      def objective(params):
-        value, (out, carried) = task(
-          params, ranks, before, x, y, key_dropout, weight
-        )
-        added = penalty_of(params)
-        sums = _sums(loss, value, out, y, weight)
-        return value + added, (carried, sums, added)
-
-      grad = jax.value_and_grad(objective, has_aux=True)
-      (total, (carried, sums, added)), grads = grad(state.params)
-      return total, carried, sums, added, grads
-
-    def of_part(params, carried, part, i):
-      part = split_batch(part, placement.mesh)
-      key = jax.random.fold_in(key_dropout, i)
-      grad = jax.value_and_grad(task, has_aux=True)
-      (value, (out, carried)), grads = grad(
-        params, ranks, carried, *part, key, weight
-      )
-      sums = _sums(loss, value, out, part[1], weight)
-      return (sums, carried), placement.constrain(grads, params)
-
-    def in_parts(x, y):
-      sums, grads, carried = mean_gradient(
-        of_part,
-        state.params,
-        before,
-        (x, y),
-        accumulate,
-        unroll=unrolls(placement.mesh),
-      )
-      added, more = jax.value_and_grad(penalty_of)(state.params)
-      grads = jax.tree.map(jnp.add, grads, more)
-      return sums["loss"] + added, carried, sums, added, grads
-
-    before = (own, state.batch_stats)
     total, carried, sums, added, grads = _at_length(
-      whole if accumulate == 1 else in_parts, x, y, lengths
+      functools.partial(
+        gradient,
+        state.params,
+        ranks,
+        (own, state.batch_stats),
+        penalty_of,
+        key_dropout,
+        losses.weight(y),  # of the whole batch: its parts add up to it
+      ),
+      *(x, y, lengths),
     )
     grads = placement.constrain(grads, state.params)
     force = {"lam": state.controls["lam"]} if state.controls else {}
@@ -173,6 +143,49 @@ def make_step(
     return placement.constrain(new, new.params), total
 
   return step
+
+
+def _make_gradient(
+  task: Callable, loss: str, placement: Placement, accumulate: int
+) -> Callable[..., Any]:
+  """Returns gradient(params, ranks, before, penalty_of, key, weight, x, y).
+
+    -> (task + penalty, carried, sums for metrics, penalty, gradient for params)
+
+  `before` is what is carried into the batch, in one or more micro-batches.
+  """
+
+  def whole(params, ranks, before, penalty_of, key, weight, x, y):
+    def objective(params):
+      value, (out, carried) = task(params, ranks, before, x, y, key, weight)
+      added = penalty_of(params)
+      sums = _sums(loss, value, out, y, weight)
+      return value + added, (carried, sums, added)
+
+    grad = jax.value_and_grad(objective, has_aux=True)
+    (total, (carried, sums, added)), grads = grad(params)
+    return total, carried, sums, added, grads
+
+  def in_parts(params, ranks, before, penalty_of, key, weight, x, y):
+    def of_part(params, carried, part, i):
+      x, y = split_batch(part, placement.mesh)
+      own = jax.random.fold_in(key, i)
+      grad = jax.value_and_grad(task, has_aux=True)
+      (value, (out, carried)), grads = grad(
+        params, ranks, carried, x, y, own, weight
+      )
+      sums = _sums(loss, value, out, y, weight)
+      return (sums, carried), placement.constrain(grads, params)
+
+    unroll = unrolls(placement.mesh)
+    sums, grads, carried = mean_gradient(
+      of_part, params, before, (x, y), accumulate, unroll=unroll
+    )
+    added, more = jax.value_and_grad(penalty_of)(params)
+    grads = jax.tree.map(jnp.add, grads, more)
+    return sums["loss"] + added, carried, sums, added, grads
+
+  return whole if accumulate == 1 else in_parts
 
 
 def _at_length(
