@@ -288,17 +288,41 @@ def _add_latency(
 # ---------------------------------------------------------------------------
 
 
+def _architecture(run: opened.Run) -> tuple[str, dict[str, Any] | None]:
+  """The name and options by which `MODELS` makes the model again.
+
+  Of a network that no run has trained they are those of the module. Of a class
+  of the user's own, or with options that JSON has not, it is that of the class,
+  without options: such an export is loaded with `model=`.
+  """
+  section, kind = dict(run.config.model), type(run.model)
+  name = section.pop("name")
+  options = {k: v for k, v in section.items() if v is not None}
+  if MODELS.get(name) is kind:
+    if "num_classes" in kind.__dataclass_fields__:
+      options["num_classes"] = run.facts.num_classes
+    return name, options
+  for name, cls in MODELS.items():
+    if cls is kind:
+      fields = {f.name for f in dataclasses.fields(kind) if f.init}
+      options = {k: getattr(run.model, k) for k in fields - {"name", "parent"}}
+      if all(map(_is_plain, options.values())):
+        return name, {k: v for k, v in sorted(options.items()) if v is not None}
+  return kind.__name__, None
+
+
+def _is_plain(value: Any) -> bool:
+  if isinstance(value, tuple | list):
+    return all(map(_is_plain, value))
+  return value is None or type(value) in (bool, int, float, str)
+
+
 def _describe(
   run: opened.Run, cuts: Sequence[Cut], checkpoint: str, fresh: bool
 ) -> dict[str, Any]:
   """Begins config.json."""
-  facts, section = run.facts, dict(run.config.model)
-  name = section.pop("name")
-  options = {k: v for k, v in section.items() if v is not None}
-  if MODELS.get(name) is not type(run.model):  # of the user's own
-    name, options = type(run.model).__name__, None
-  elif "num_classes" in type(run.model).__dataclass_fields__:
-    options["num_classes"] = facts.num_classes
+  facts = run.facts
+  name, options = _architecture(run)
   device = jax.devices()[0]
   kept = "computed anew for each size, from training data"
   if not fresh:

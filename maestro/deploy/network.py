@@ -22,7 +22,8 @@ class Settings:
     loss: of `maestro.training.losses.LOSSES`, to measure and to evaluate.
     batch_size: examples of a forward pass over data.
     batch_norm_examples: for the statistics of batch norm; None for all.
-    model: empty, so that an export is loaded with `model=`.
+    model: of a module of `maestro.models`, "" is its own name and options, in
+      an export, too; one of another class is loaded with `model=`.
   """
 
   loss: str = "cross_entropy"

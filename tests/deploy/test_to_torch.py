@@ -1,8 +1,10 @@
 """Exports as modules of PyTorch's: the same outputs, at every size."""
 
 import dataclasses
+import json
 import pathlib
 import sys
+import types
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 import maestro
 from maestro import models, pytorch, trees
-from maestro.deploy import artifact, export, network, verify
+from maestro.deploy import artifact, choose, export, network, verify
 from maestro.errors import UserError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -237,9 +239,57 @@ def test_without_pytorch_the_remedy_is_told(exported, monkeypatch):
     maestro.to_torch(directory)
 
 
+def test_weights_of_pytorch_come_back_smaller(tmp_path, jit, close):
+  """The chain of docs/from_torch.md, for which no run was trained."""
+  model = models.ResNet18(num_classes=5, width=4, stage_sizes=(1, 1))
+  x = np.random.default_rng(1).standard_normal((2, 8, 8, 3), np.float32)
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  start = jax.tree.map(
+    lambda s: rng.uniform(0.1, 0.5, s.shape).astype(s.dtype), shapes
+  )
+  weights = pytorch.to_state_dict(model, start, x)
+  variables = maestro.from_torch(weights, model)
+  layers = maestro.layers(model, x)
+  params = maestro.decompose(variables["params"], [maestro.Rule()], layers)
+  run = network.as_run(model, variables | {"params": params}, x)
+  ranks = choose.choose_ranks(run, "params:0.7", rule="energy")
+  sizes = [export.Size("small", ranks)]
+  export.export(
+    run, tmp_path / "out", sizes, options=OPTIONS, log=lambda line: None
+  )
+  again, small = maestro.load(tmp_path / "out")
+  assert again == model
+  module = maestro.to_torch(tmp_path / "out")
+  with torch.no_grad():
+    found = module(_images(x)).numpy()
+  masked = {**variables, "params": maestro.mask(params, ranks)}
+  apply = jit(model.apply)
+  close(found, np.asarray(apply(masked, x)), 1e-4)
+  close(found, np.asarray(apply(small, x)), 1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_every_network_says_how_it_is_made_again(name):
+  cls = models.MODELS[name]
+  fields = cls.__dataclass_fields__
+  given = {k: 7 for k in ("num_classes", "features") if k in fields}
+  given |= {"features": (9, 7)} if name == "mlp" else {}
+  run = types.SimpleNamespace(
+    model=cls(**given), config=network.Settings(), facts=None
+  )
+  record = json.loads(json.dumps(export._architecture(run)))
+  assert record[0] == name
+  made = artifact._make_model({"name": name, "options": record[1]})
+  assert made == run.model
+
+
 def test_a_network_of_the_users_own_is_refused(tmp_path):
+  class Own(models.LinearMap):
+    pass
+
   run = _run("linear_map")
-  plain = network.as_run(run.model, {"params": run.params}, run.facts.example)
+  plain = network.as_run(Own(6), {"params": run.params}, run.facts.example)
   out = tmp_path / "own"
   export.export(plain, out, options=OPTIONS, log=lambda line: None)
   with pytest.raises(UserError, match="is not one of this maestro's"):
