@@ -34,13 +34,15 @@ from maestro.deploy import packing
 from maestro.deploy.directory import CONFIG, WEIGHTS, ArtifactError
 
 TIMEOUT = 30.0  # seconds without a byte
-ATTEMPTS = 5  # of a request
+ATTEMPTS = 5  # of a request, without a byte more
 BACKOFF = 0.5  # seconds before the second attempt, twice as many at each next
 _AGAIN = (408, 429, 500, 502, 503, 504)  # what may pass
 _MOST_CONFIG = 1 << 26  # bytes
 _CHUNK = 1 << 20  # bytes
 _GAP = 512  # bytes between blocks that cost less than a request's own headers
 _WORKERS = 8  # requests at a time
+_MOST_RUN = 1 << 23  # bytes of several blocks that one request asks for
+_MOST_ATTEMPTS = 100  # of a request, whatever they bring
 
 
 class RemoteError(ArtifactError):
@@ -59,7 +61,7 @@ class Remote:
 
   Attributes:
     received: bytes of all answers so far, without their headers.
-    whole: whether the server ignored ranges, so that all was read.
+    whole: whether the server ignores ranges, so that all must be read.
   """
 
   def __init__(self, url: str):
@@ -154,15 +156,28 @@ class Remote:
         self.received += len(chunk)
       yield chunk
 
-  def repeat(self, name: str, once: Callable[[], bool]) -> None:
+  def repeat(
+    self,
+    name: str,
+    once: Callable[[], bool],
+    progress: Callable[[], int] = lambda: 0,
+  ) -> None:
     """Calls once() until it returns True, a few times.
+
+    Args:
+      name: of the file.
+      once: asks for it, and says whether all of it has come.
+      progress: bytes that need not be asked for again; where an attempt brings
+        some, the next ones are counted anew.
 
     Raises:
       RemoteError: it never does, or there is no hope that it will.
     """
-    for attempt in range(ATTEMPTS):
-      if attempt:
-        time.sleep(BACKOFF * 2 ** (attempt - 1))
+    why, failed = "", 0
+    for _ in range(_MOST_ATTEMPTS):
+      if failed:
+        time.sleep(BACKOFF * 2 ** (failed - 1))
+      before = progress()
       try:
         if once():
           return
@@ -186,10 +201,17 @@ class Remote:
         why = f"the answer breaks off ({error!r})"
       except OSError as error:  # that of a URL, a timeout, a reset connection
         why = str(getattr(error, "reason", error) or type(error).__name__)
+      failed = 1 if progress() > before else failed + 1
+      if failed == ATTEMPTS:
+        break
+    times = f"{failed} times in a row"
+    if failed < ATTEMPTS:
+      times = f"{_MOST_ATTEMPTS} times, with some bytes in between"
+    kept = name == WEIGHTS and self._cache.works and not self.whole
     raise RemoteError(
-      f"cannot read {self / name}: {why}, {ATTEMPTS} times in a row; check the"
-      " connection and the server, then call again: whole blocks that have come"
-      " are kept"
+      f"cannot read {self / name}: {why}, {times}; check the connection and the"
+      " server, then call again"
+      + (": blocks that have come whole are kept" if kept else "")
     )
 
 
@@ -254,7 +276,9 @@ class RemoteFile:
         self._held[block.begin] = memoryview(data)
     runs: list[list[packing.Block]] = []
     for block in missing:
-      if runs and block.begin - runs[-1][-1].end <= _GAP:
+      run = runs[-1] if runs else ()
+      near = run and block.begin - run[-1].end <= _GAP
+      if near and block.end - run[0].begin <= _MOST_RUN:
         runs[-1].append(block)
       else:
         runs.append([block])
@@ -269,21 +293,38 @@ class RemoteFile:
       pool.shutdown(cancel_futures=True)
 
   def _get(self, run: Sequence[packing.Block]) -> None:
-    first, last = run[0].begin, run[-1].end
-    data = memoryview(self._fetch(first, last))
+    first, data = run[0].begin, bytearray()
+    try:
+      self._fetch(first, run[-1].end, data)
+    finally:  # what has come is kept, even if the rest does not
+      came = memoryview(data)
+      for block in run:
+        self._keep(block, came[block.begin - first : block.end - first])
     for block in run:
-      part = data[block.begin - first : block.end - first]
-      if not _is(part, block.sha256):
+      if block.begin not in self._held:
         again = memoryview(self._fetch(block.begin, block.end))
-        if not _is(again, block.sha256):
+        if not self._keep(block, again):
           raise packing.PackingError(block.altered())
-        part = again
-      self._cache.put(block.sha256, part)
-      self._held[block.begin] = part
 
-  def _fetch(self, begin: int, end: int) -> bytearray:
-    """Gets a range of bytes, which goes on where it broke off."""
-    data = bytearray()
+  def _keep(self, block: packing.Block, data: memoryview) -> bool:
+    """Holds and caches a block, if it is what was written."""
+    right = _is(data, block.sha256)
+    if right:
+      self._cache.put(block.sha256, data)
+      self._held[block.begin] = data
+    return right
+
+  def _fetch(
+    self, begin: int, end: int, data: bytearray | None = None
+  ) -> bytearray:
+    """Gets a range of bytes, which goes on where it broke off.
+
+    Args:
+      begin: of the range.
+      end: of the range.
+      data: is filled with it, as far as it comes; returned.
+    """
+    data = bytearray() if data is None else data
     if begin == end:  # no range can ask for nothing
       return data
 
@@ -296,13 +337,14 @@ class RemoteFile:
       start = begin + len(data)
       with self._folder.open(WEIGHTS, (start, end)) as answer:
         if answer.status != 206:
+          self._folder.whole = True
           return self._fetch_all(answer) and once()
         self._check_range(answer.headers.get("Content-Range", ""), start, end)
         for chunk in self._folder.chunks(answer, end - start):
           data.extend(chunk)
       return len(data) == end - begin
 
-    self._folder.repeat(WEIGHTS, once)
+    self._folder.repeat(WEIGHTS, once, lambda: len(data))
     return data
 
   def _check_range(self, told: str, begin: int, end: int) -> None:
@@ -344,7 +386,7 @@ class RemoteFile:
       except BaseException:
         copy.close()
         raise
-      self._copy, self._folder.whole = copy, True
+      self._copy = copy
       warnings.warn(
         f"{self._folder / WEIGHTS}: the server ignores ranges of bytes, so all"
         f" of the {size} were read",
@@ -401,19 +443,33 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 class _Cache:
   """Blocks by their sha256; without a folder that can be written, nothing."""
 
-  def __init__(self, root: pathlib.Path):
-    self._root: pathlib.Path | None = root
+  def __init__(self, root: pathlib.Path | None):
+    self._root, self._lock = root, threading.Lock()
+
+  @property
+  def works(self) -> bool:
+    """Whether what is put into it is kept."""
+    return self._root is not None
 
   @classmethod
   def at_home(cls) -> "_Cache":
     own = os.environ.get("MAESTRO_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = pathlib.Path(own or f"{home}/maestro").expanduser()
+    try:
+      root = pathlib.Path(own or f"{home}/maestro").expanduser()
+    except RuntimeError:  # no home directory
+      warnings.warn(
+        "no home directory is known, so nothing is cached; set MAESTRO_CACHE"
+        " to a folder that can be written",
+        stacklevel=2,
+      )
+      return cls(None)
     return cls(root / "blocks")
 
   def _path(self, digest: str) -> pathlib.Path | None:
+    root = self._root  # once, as another thread may give it up
     named = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
-    return self._root / digest[:2] / digest if self._root and named else None
+    return root / digest[:2] / digest if root and named else None
 
   def get(self, digest: str, size: int | None = None) -> bytes | None:
     """A block, unless it is not there, or damaged and thus deleted."""
@@ -447,9 +503,12 @@ class _Cache:
           os.unlink(file.name)
           raise
     except OSError as error:
-      root, self._root = self._root, None
+      with self._lock:
+        known, self._root = self._root is None, None
+      if known:  # another thread has said it
+        return
       warnings.warn(
-        f"the cache {root} cannot be written ({error.strerror}), and is not"
+        f"the cache {path.parents[1]} cannot be written ({error.strerror}), and is not"
         " used; set MAESTRO_CACHE to a folder that can",
         stacklevel=2,
       )

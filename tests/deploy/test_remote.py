@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import re
+import socket
 import threading
 
 import jax
@@ -94,9 +95,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.send_header(key, value)
     self.end_headers()
     for part in [body] if isinstance(body, bytes) else body:
-      self.wfile.write(part)
-      with server.lock:
+      with server.lock:  # before a client that has it all looks
         server.sent += len(part)
+      self.wfile.write(part)
     if int(headers.get("Content-Length", -1)) != len(body):
       self.close_connection = True
 
@@ -270,6 +271,86 @@ def test_weights_that_break_off_are_told(server):
     read(server.url)
 
 
+def a_third(handler, headers, body):
+  """Cuts each answer to a third, at the least one byte."""
+  short = body[: max(1, len(body) // 3)]
+  return None, headers, short if weights(handler) else body
+
+
+def test_a_connection_that_always_breaks_comes_to_an_end(
+  exported, server, close, monkeypatch
+):
+  monkeypatch.setattr(remote, "BACKOFF", 0.0)
+  server.spoil = a_third
+  loaded = read(server.url)
+  close(loaded.variables, read(exported).variables, 0)
+  ranges = [asked for _, asked in server.asked if asked]
+  assert len(ranges) > remote.ATTEMPTS and len(set(ranges)) == len(ranges)
+  again = read(server.url)
+  assert again.bytes_received == (exported / "config.json").stat().st_size
+  # Not for ever, whatever it brings.
+  monkeypatch.setattr(remote, "_MOST_ATTEMPTS", 7)
+  with pytest.raises(ArtifactError, match="7 times, with some bytes in bet"):
+    read(server.url, "0.5")
+
+
+def test_a_request_is_for_a_few_blocks_which_are_kept(
+  exported, server, close, monkeypatch
+):
+  monkeypatch.setattr(remote, "_MOST_RUN", 4096)
+  monkeypatch.setattr(remote, "ATTEMPTS", 2)
+  config, left = (exported / "config.json").stat().st_size, [6]
+
+  def ends(handler, headers, body):
+    left[0] -= weights(handler)
+    return None, headers, body if left[0] >= 0 else b""
+
+  server.spoil = ends
+  with pytest.raises(ArtifactError, match="blocks that have come whole are"):
+    read(server.url, "1")
+  came = server.sent - config
+  assert came > 4096
+  server.spoil = None
+  server.asked.clear()
+  loaded = read(server.url, "1")
+  close(loaded.variables, read(exported, "1").variables, 0)
+  assert loaded.bytes_received - config <= loaded.bytes_read - came + 4096
+  with safetensors_io.Reader(exported / "model.safetensors") as reader:
+    blocks = packing.wanted(
+      reader,
+      loaded.config["tensors"],
+      loaded.profile,
+      introspect.layers(MODEL, jax.ShapeDtypeStruct((1, 8, 8), "float32")),
+    )
+    most = max(block.end - block.begin for block in blocks)
+  spans = [re.findall(r"\d+", asked) for _, asked in server.asked if asked]
+  assert spans
+  assert all(int(b) - int(a) < max(4096, most) for a, b in spans)
+
+
+def test_without_a_home_nothing_is_kept(exported, server, close, monkeypatch):
+  monkeypatch.delenv("MAESTRO_CACHE")
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+  def unknown(path):
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.setattr(remote.pathlib.Path, "expanduser", unknown)
+  with pytest.warns(UserWarning, match="no home directory"):
+    loaded = read(server.url)
+  close(loaded.variables, read(exported).variables, 0)
+  server.spoil = lambda handler, headers, body: (
+    None,
+    headers,
+    b"" if weights(handler) else body,
+  )
+  with (
+    pytest.warns(UserWarning, match="no home directory"),
+    pytest.raises(ArtifactError, match="then call again$"),
+  ):
+    read(server.url)
+
+
 def test_a_server_that_is_silent_or_absent_is_told(server, monkeypatch):
   monkeypatch.setattr(remote, "TIMEOUT", 0.2)
   monkeypatch.setattr(remote, "ATTEMPTS", 2)
@@ -283,8 +364,11 @@ def test_a_server_that_is_silent_or_absent_is_told(server, monkeypatch):
   with pytest.raises(ArtifactError, match="timed out, 2 times"):
     read(server.url)
   done.set()
+  with socket.socket() as closed:
+    closed.bind(("127.0.0.1", 0))
+    port = closed.getsockname()[1]
   with pytest.raises(ArtifactError, match="refused, 2 times"):
-    read("http://127.0.0.1:9/any")
+    read(f"http://127.0.0.1:{port}/any")
 
 
 def whole(exported, change=lambda headers: headers, body=None):
