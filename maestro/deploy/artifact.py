@@ -40,6 +40,8 @@ from maestro.deploy.directory import (
   ArtifactError,
   file_sha256,
   is_ours,
+  is_url,
+  local,
   sha256,
 )
 from maestro.deploy.directory import check_target as check_target
@@ -105,7 +107,7 @@ def load(
       such profile; or the model is unknown or another one. Or a server does not
       send what it is asked for.
   """
-  if not remote.is_url(directory):
+  if not is_url(directory):
     folder = pathlib.Path(directory)
     config = read_config(folder)
     if "function" in config:  # of `maestro.export_model`
@@ -125,10 +127,20 @@ def read(
   budget: str | None = None,
   profile: float | str | None = None,
 ) -> Loaded:
-  """Loads as `load` does, and says what was read."""
-  server = remote.Remote(str(directory)) if remote.is_url(directory) else None
+  """Loads as `load` does, and says what was read.
+
+  Raises:
+    ArtifactError: as `load` does; or `maestro.export_model` made it.
+  """
+  server = remote.Remote(str(directory)) if is_url(directory) else None
   place = server or pathlib.Path(directory)
   config = read_config(place)
+  if "function" in config:
+    raise ArtifactError(
+      f"{place} was made by maestro.export_model: it holds a function, not a"
+      " network of Flax's. maestro.load reads it, from a local directory;"
+      " download it first if it is on a server"
+    )
   with _fields(place):
     chosen = _choose(config, budget, profile, place)
     ours = model is None
@@ -253,9 +265,10 @@ def load_stablehlo(directory: str | os.PathLike) -> Callable[[Any], jax.Array]:
   """Loads the StableHLO of an exported directory: outputs = call(inputs).
 
   Raises:
-    ArtifactError: it is missing or altered; nothing of it is run then.
+    ArtifactError: it is missing or altered, and nothing of it is run then; or
+      the directory is a URL.
   """
-  directory = pathlib.Path(directory)
+  directory = local(directory, "the StableHLO")
   config = read_config(directory)
   if STABLEHLO not in config["files"]:
     raise ArtifactError(
@@ -275,9 +288,9 @@ def verify(directory: str | os.PathLike) -> dict[str, Any]:
     The content of config.json.
 
   Raises:
-    ArtifactError: a file is missing or altered.
+    ArtifactError: a file is missing or altered, or the directory is a URL.
   """
-  directory = pathlib.Path(directory)
+  directory = local(directory, "verifying the files")
   config = read_config(directory)
   for name, file in config["files"].items():
     if file_sha256(directory / name) != file["sha256"]:

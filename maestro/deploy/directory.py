@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 from maestro.errors import UserError
 from maestro.runs import stop
@@ -33,6 +34,31 @@ METADATA = {
 
 class ArtifactError(UserError):
   """An exported directory cannot be written, read or trusted."""
+
+
+def is_url(source: Any) -> bool:
+  """Whether a source names a scheme, such as https://."""
+  return (
+    isinstance(source, str) and re.match(r"\w[\w+.-]*://", source) is not None
+  )
+
+
+def local(directory: str | os.PathLike, what: str) -> pathlib.Path:
+  """Returns the path of a directory on this machine.
+
+  Args:
+    directory: of an export.
+    what: is to be done with it, for the error.
+
+  Raises:
+    ArtifactError: it is a URL.
+  """
+  if is_url(directory):
+    raise ArtifactError(
+      f"{what} of a URL, {directory}, is not supported: only `maestro.load` and"
+      " `maestro.deploy.artifact.read` take one; download the folder first"
+    )
+  return pathlib.Path(directory)
 
 
 def is_ours(name: str) -> bool:

@@ -14,11 +14,8 @@ config.json is the one that was published, only https tells.
 """
 
 import concurrent.futures
-import contextlib
-import hashlib
 import http.client
 import os
-import pathlib
 import re
 import tempfile
 import threading
@@ -31,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from maestro.deploy import packing
+from maestro.deploy.cache import Cache, is_block
 from maestro.deploy.directory import CONFIG, WEIGHTS, ArtifactError
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -49,13 +47,6 @@ class RemoteError(ArtifactError):
   """A server does not send an export, or not as it is asked to."""
 
 
-def is_url(source: Any) -> bool:
-  """Whether a source names a scheme, such as https://."""
-  return (
-    isinstance(source, str) and re.match(r"\w[\w+.-]*://", source) is not None
-  )
-
-
 class Remote:
   """A folder on a server; `str` of it is its URL, `/` gives those of files.
 
@@ -67,7 +58,7 @@ class Remote:
   def __init__(self, url: str):
     self._url = url.rstrip("/")
     self.received, self.whole = 0, False
-    self._cache = _Cache.at_home()
+    self._cache = Cache.at_home()
     self._lock = threading.Lock()
     self._revision = ""
     try:
@@ -219,7 +210,7 @@ class RemoteFile:
   """A file on a server, read by ranges; as `safetensors_io.Reader` needs it."""
 
   def __init__(
-    self, folder: Remote, size: int, header_sha256: str, cache: "_Cache"
+    self, folder: Remote, size: int, header_sha256: str, cache: Cache
   ):
     self._folder, self._size, self._cache = folder, size, cache
     self._position = 0
@@ -308,7 +299,7 @@ class RemoteFile:
 
   def _keep(self, block: packing.Block, data: memoryview) -> bool:
     """Holds and caches a block, if it is what was written."""
-    right = _is(data, block.sha256)
+    right = is_block(data, block.sha256)
     if right:
       self._cache.put(block.sha256, data)
       self._held[block.begin] = data
@@ -395,10 +386,6 @@ class RemoteFile:
       return True
 
 
-def _is(data: bytes | memoryview, sha256: str) -> bool:
-  return hashlib.sha256(data).hexdigest() == sha256
-
-
 def _parse_hub(url: str) -> tuple[str, str, str, str]:
   """hf://org/name[@revision][/folder]: (host, org/name, revision, folder)."""
   name = r"[\w][\w.-]*"
@@ -438,77 +425,3 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         " it, give its own URL"
       )
     return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-class _Cache:
-  """Blocks by their sha256; without a folder that can be written, nothing."""
-
-  def __init__(self, root: pathlib.Path | None):
-    self._root, self._lock = root, threading.Lock()
-
-  @property
-  def works(self) -> bool:
-    """Whether what is put into it is kept."""
-    return self._root is not None
-
-  @classmethod
-  def at_home(cls) -> "_Cache":
-    own = os.environ.get("MAESTRO_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-      root = pathlib.Path(own or f"{home}/maestro").expanduser()
-    except RuntimeError:  # no home directory
-      warnings.warn(
-        "no home directory is known, so nothing is cached; set MAESTRO_CACHE"
-        " to a folder that can be written",
-        stacklevel=2,
-      )
-      return cls(None)
-    return cls(root / "blocks")
-
-  def _path(self, digest: str) -> pathlib.Path | None:
-    root = self._root  # once, as another thread may give it up
-    named = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
-    return root / digest[:2] / digest if root and named else None
-
-  def get(self, digest: str, size: int | None = None) -> bytes | None:
-    """A block, unless it is not there, or damaged and thus deleted."""
-    path = self._path(digest)
-    if path is None:
-      return None
-    try:
-      fits = size is None or path.stat().st_size == size
-      data = path.read_bytes() if fits else b""
-    except OSError:
-      return None
-    if fits and _is(data, digest):
-      return data
-    with contextlib.suppress(OSError):
-      path.unlink()
-    return None
-
-  def put(self, digest: str, data: bytes | memoryview) -> None:
-    """Writes a block whole or not at all; a full disk is said, once."""
-    path = self._path(digest)
-    if path is None:
-      return
-    try:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-          file.write(data)
-          file.flush()
-          os.replace(file.name, path)
-        except BaseException:
-          os.unlink(file.name)
-          raise
-    except OSError as error:
-      with self._lock:
-        known, self._root = self._root is None, None
-      if known:  # another thread has said it
-        return
-      warnings.warn(
-        f"the cache {path.parents[1]} cannot be written ({error.strerror}), and is not"
-        " used; set MAESTRO_CACHE to a folder that can",
-        stacklevel=2,
-      )

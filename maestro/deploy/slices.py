@@ -23,6 +23,7 @@ from maestro.deploy.directory import (
   WEIGHTS,
   ArtifactError,
   file_sha256,
+  local,
 )
 from maestro.runs import workdir as workdir_lib
 from maestro.trees import LayerSpec
@@ -123,10 +124,16 @@ def read(directory: str | os.PathLike) -> dict[str, Any]:
   """Reads slices.json and checks that its sizes can be cut.
 
   Raises:
-    ArtifactError: it is missing, altered, of another format, or its sizes are
-      not nested.
+    ArtifactError: it is missing, altered, of another format, its sizes are not
+      nested, the directory is a URL, or `maestro.export_model` made it.
   """
-  path = pathlib.Path(directory) / SLICES
+  directory = local(directory, SLICES)
+  path = directory / SLICES
+  if not path.exists() and _holds_function(directory):
+    raise ArtifactError(
+      f"{directory} was made by maestro.export_model, of one size and without"
+      f" {SLICES}; maestro.load reads it"
+    )
   try:
     value = workdir_lib.read_json(path, remedy=_REMEDY)
   except workdir_lib.WorkdirError as error:
@@ -150,6 +157,13 @@ def read(directory: str | os.PathLike) -> dict[str, Any]:
       f"{path} is broken ({type(error).__name__}: {error}); {_REMEDY}"
     ) from error
   return value
+
+
+def _holds_function(directory: pathlib.Path) -> bool:
+  try:
+    return "function" in workdir_lib.read_json(directory / CONFIG, remedy="")
+  except workdir_lib.WorkdirError:
+    return False
 
 
 def _check(value: Mapping[str, Any]) -> None:

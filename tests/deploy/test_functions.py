@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import maestro
-from maestro.deploy import files, functions
+from maestro.deploy import artifact, files, functions, slices
 from maestro.deploy.directory import (
   CONFIG,
   METADATA,
@@ -134,6 +134,15 @@ def test_an_altered_byte_is_found(exported, tmp_path, name):
     (tmp_path / path.name).write_bytes(data)
   with pytest.raises(ArtifactError, match=f"{name} is altered"):
     maestro.load(tmp_path)
+
+
+def test_who_reads_networks_says_that_it_is_none(exported):
+  out, _ = exported
+  for read in (artifact.read, slices.read):
+    with pytest.raises(
+      ArtifactError, match=r"was made by maestro\.export_model"
+    ):
+      read(out)
 
 
 def test_other_arguments_are_told(exported):

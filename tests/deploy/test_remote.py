@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import pathlib
 import re
 import socket
 import threading
@@ -12,7 +13,7 @@ import pytest
 
 import maestro
 from maestro import introspect, models
-from maestro.deploy import artifact, export, packing, remote
+from maestro.deploy import artifact, export, packing, remote, slices
 from maestro.deploy import files as safetensors_io
 from maestro.deploy.artifact import ArtifactError
 from maestro.deploy.network import as_run
@@ -335,7 +336,7 @@ def test_without_a_home_nothing_is_kept(exported, server, close, monkeypatch):
   def unknown(path):
     raise RuntimeError("Could not determine home directory.")
 
-  monkeypatch.setattr(remote.pathlib.Path, "expanduser", unknown)
+  monkeypatch.setattr(pathlib.Path, "expanduser", unknown)
   with pytest.warns(UserWarning, match="no home directory"):
     loaded = read(server.url)
   close(loaded.variables, read(exported).variables, 0)
@@ -346,7 +347,7 @@ def test_without_a_home_nothing_is_kept(exported, server, close, monkeypatch):
   )
   with (
     pytest.warns(UserWarning, match="no home directory"),
-    pytest.raises(ArtifactError, match="then call again$"),
+    pytest.raises(ArtifactError, match=r"then call again$"),
   ):
     read(server.url)
 
@@ -563,6 +564,13 @@ def test_a_hub_may_send_to_its_store(exported, server, close, monkeypatch):
   server.asked.clear()
   read("hf://org/name")
   assert server.asked[0][0] == "/org/name/resolve/main/config.json"
+
+
+def test_what_no_url_is_for_says_so(server):
+  for call in (artifact.verify, artifact.load_stablehlo, slices.read):
+    with pytest.raises(ArtifactError, match=r"of a URL, http.* not supported"):
+      call(server.url)
+  assert not server.asked
 
 
 @pytest.mark.parametrize(
