@@ -162,7 +162,6 @@ def read(
         shapes = packing.shapes(reader, blocks, chosen, layers)
         _check_fit(shapes, expected, layers, blocks, path)
         if file:
-          file.keep_header(reader.header)
           file.prefetch([*packing.wanted(reader, blocks, chosen, layers)])
         params, batch_stats = packing.unpack(reader, blocks, chosen, layers)
     except packing.PackingError as error:

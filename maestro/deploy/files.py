@@ -38,7 +38,7 @@ DTYPES = {
   "F64": np.dtype(np.float64),
 }
 _METADATA = "__metadata__"
-_MAX_HEADER = 100_000_000  # the limit of the format's own library
+MAX_HEADER = 100_000_000  # the limit of the format's own library
 
 
 class SafetensorsError(UserError):
@@ -118,7 +118,7 @@ class Reader:
     start = self._read(0, 8, "its header")
     (n,) = struct.unpack("<Q", start)
     size = self._file.seek(0, os.SEEK_END)
-    if not 2 <= n <= min(size - 8, _MAX_HEADER):
+    if not 2 <= n <= min(size - 8, MAX_HEADER):
       raise self._broken(f"no header of {n} bytes can be in it")
     text = self._read(8, n, "its header")
     self.header = start + text

@@ -8,15 +8,18 @@ needs is asked for, by ranges of bytes, and what is in the cache is not. The
 cache holds blocks by their sha256: under $MAESTRO_CACHE, else
 $XDG_CACHE_HOME/maestro, else ~/.cache/maestro.
 
-What comes from a server is trusted no more than a file: nothing longer than
-config.json says is read, and no block is used that has another digest. Whether
-config.json is the one that was published, only https tells.
+What comes from a server is trusted no more than a file: the header has its
+digest before it is parsed, no block is used that has another one, and nothing
+longer than config.json and the header say is read. Whether config.json is the
+one that was published, only https tells.
 """
 
 import concurrent.futures
 import http.client
+import json
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -27,9 +30,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from maestro.deploy import packing
+from maestro.deploy import files, packing, web
 from maestro.deploy.cache import Cache, is_block
-from maestro.deploy.directory import CONFIG, WEIGHTS, ArtifactError
+from maestro.deploy.directory import CONFIG, WEIGHTS
+from maestro.deploy.web import RemoteError
 
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 5  # of a request, without a byte more
@@ -41,10 +45,6 @@ _GAP = 512  # bytes between blocks that cost less than a request's own headers
 _WORKERS = 8  # requests at a time
 _MOST_RUN = 1 << 23  # bytes of several blocks that one request asks for
 _MOST_ATTEMPTS = 100  # of a request, whatever they bring
-
-
-class RemoteError(ArtifactError):
-  """A server does not send an export, or not as it is asked to."""
 
 
 class Remote:
@@ -67,7 +67,7 @@ class Remote:
       raise RemoteError(f"{url} is no URL: {error}") from error
     hub = parts.scheme == "hf"
     if hub:
-      self._hub = _parse_hub(self._url)
+      self._hub = web.parse_hub(self._url)
     elif parts.scheme not in ("http", "https") or not parts.hostname:
       raise RemoteError(
         f"{url}: only https://, http:// and hf:// are read; give one of them,"
@@ -79,7 +79,7 @@ class Remote:
       )
     else:
       self._hub = None
-    self._opener = urllib.request.build_opener(_Redirects(anywhere=hub))
+    self._opener = web.opener(web.Redirects(anywhere=hub))
 
   def __str__(self) -> str:
     return self._url
@@ -218,7 +218,9 @@ class RemoteFile:
     self._copy: IO[bytes] | None = None  # all of it, if ranges are ignored
     self._copying = threading.Lock()
     self._header_sha256 = header_sha256
-    self._header = cache.get(header_sha256) or b""
+    self._header = b""
+    if header := cache.get(header_sha256):
+      self._take_header(header)
 
   def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
     """Moves to an offset from the start or from the end."""
@@ -231,6 +233,8 @@ class RemoteFile:
     self._position = max(begin, end)
     if begin >= end:
       return b""
+    if not self._header:
+      self._read_header()
     if end <= len(self._header):
       return self._header[begin:end]
     held = self._held.pop(begin, None)
@@ -243,11 +247,6 @@ class RemoteFile:
     self._held.clear()
     if self._copy:
       self._copy.close()
-
-  def keep_header(self, header: bytes) -> None:
-    """Puts a header that was found to be right into the cache."""
-    if not self._header:
-      self._cache.put(self._header_sha256, header)
 
   def prefetch(self, blocks: Sequence[packing.Block]) -> None:
     """Gets blocks from the cache or the server, many at a time.
@@ -282,6 +281,43 @@ class RemoteFile:
         done.result()
     finally:
       pool.shutdown(cancel_futures=True)
+
+  def _read_header(self) -> None:
+    start = bytes(self._fetch(0, 8))
+    if not self._header:  # as it is, once all was read
+      end = self._header_end(start)
+      self._take_header(start + self._fetch(8, end))
+
+  def _header_end(self, start: bytes) -> int:
+    """Where the header ends, by the first 8 bytes."""
+    n = int.from_bytes(start, "little")
+    if not 2 <= n <= min(self._size - 8, files.MAX_HEADER):
+      raise self._altered(f"a header of {n} bytes cannot be in it")
+    return 8 + n
+
+  def _take_header(self, header: bytes) -> None:
+    """Keeps a header; raises unless it is config.json's, and so is the size."""
+    if not is_block(header, self._header_sha256):
+      raise self._altered(f"its header is not the one that {CONFIG} describes")
+    try:
+      tensors = json.loads(header[8:])
+      tensors.pop("__metadata__", None)
+      ends = [int(x["data_offsets"][1]) for x in tensors.values()]
+    except (
+      ArithmeticError,
+      AttributeError,
+      LookupError,
+      RecursionError,
+      TypeError,
+      ValueError,
+    ) as error:
+      raise self._altered(f"its header is broken ({error})") from error
+    size = len(header) + max(ends, default=0)
+    if size != self._size:
+      raise self._altered(f"{self._size} bytes, and {size} by its header")
+    if not self._header:
+      self._cache.put(self._header_sha256, header)
+    self._header = header
 
   def _get(self, run: Sequence[packing.Block]) -> None:
     first, data = run[0].begin, bytearray()
@@ -351,22 +387,49 @@ class RemoteFile:
       )
 
   def _resized(self, size: Any) -> RemoteError:
+    return self._altered(f"{size} bytes, {self._size} when it was written")
+
+  def _altered(self, why: str) -> RemoteError:
     return RemoteError(
-      f"{self._folder / WEIGHTS} is altered: {size} bytes, {self._size} when it"
-      " was written; restore it, or export again"
+      f"{self._folder / WEIGHTS} is altered: {why}; restore it, or export again"
     )
 
   def _fetch_all(self, answer: Any) -> bool:
-    """Copies a whole file, of a server that ignores ranges; once."""
+    """Copies a whole file, of a server that ignores ranges; once.
+
+    Nothing is written before the header is found to be the one that config.json
+    describes, the file as long as it says, and the disk to have room.
+    """
+
+    def take(size: int) -> bytes:
+      return b"".join(self._folder.chunks(answer, size))
+
     with self._copying:
       if self._copy:
         return True
       length = answer.headers.get("Content-Length")
       if length is not None and length != str(self._size):
         raise self._resized(length)
+      header = take(8)
+      if len(header) < 8:
+        return False
+      end = self._header_end(header)
+      header += take(end - 8)
+      if len(header) < end:
+        return False
+      self._take_header(header)
+      free = shutil.disk_usage(tempfile.gettempdir()).free
+      if self._size > free:
+        raise RemoteError(
+          f"{self._folder / WEIGHTS}: the server ignores ranges of bytes, and"
+          f" all of the {self._size} do not fit into {tempfile.gettempdir()},"
+          f" where {free} are free; use a server that knows ranges, or set"
+          " TMPDIR"
+        )
       copy = tempfile.TemporaryFile()  # noqa: SIM115
       try:
-        for chunk in self._folder.chunks(answer, self._size + 1):
+        copy.write(header)
+        for chunk in self._folder.chunks(answer, self._size + 1 - end):
           copy.write(chunk)
         size = copy.tell()
         if size > self._size:
@@ -384,44 +447,3 @@ class RemoteFile:
         stacklevel=2,
       )
       return True
-
-
-def _parse_hub(url: str) -> tuple[str, str, str, str]:
-  """hf://org/name[@revision][/folder]: (host, org/name, revision, folder)."""
-  name = r"[\w][\w.-]*"
-  found = re.fullmatch(
-    rf"hf://({name}/{name})(?:@({name}))?((?:/{name})*)", url
-  )
-  if not found:
-    raise RemoteError(
-      f"{url} is no hf://org/name[@revision][/folder]; of a revision with"
-      " slashes, give the commit"
-    )
-  host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-  repository, revision, folder = found.groups()
-  return host.rstrip("/"), repository, revision or "main", folder.strip("/")
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-  """Follows redirects on one host; of hubs, to their stores as well."""
-
-  max_redirections = 5
-
-  def __init__(self, anywhere: bool):
-    self._anywhere = anywhere
-
-  def redirect_request(self, req, fp, code, msg, headers, newurl):
-    old, new = map(urllib.parse.urlsplit, (req.full_url, newurl))
-    known = new.scheme in ("http", "https")
-    if not known or (old.scheme == "https" and new.scheme == "http"):
-      raise RemoteError(
-        f"{req.full_url} redirects from {old.scheme} to {new.scheme}, which is"
-        " not followed"
-      )
-    upgraded = old.hostname == new.hostname and not (old.port or new.port)
-    if not (self._anywhere or old.netloc == new.netloc or upgraded):
-      raise RemoteError(
-        f"{req.full_url} redirects to another host, {new.netloc}; if you trust"
-        " it, give its own URL"
-      )
-    return super().redirect_request(req, fp, code, msg, headers, newurl)

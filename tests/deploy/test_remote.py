@@ -6,6 +6,8 @@ import pathlib
 import re
 import socket
 import threading
+import urllib.error
+import urllib.request
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 
 import maestro
 from maestro import introspect, models
-from maestro.deploy import artifact, export, packing, remote, slices
+from maestro.deploy import artifact, export, packing, remote, slices, web
 from maestro.deploy import files as safetensors_io
 from maestro.deploy.artifact import ArtifactError
 from maestro.deploy.network import as_run
@@ -436,6 +438,45 @@ def test_another_range_or_size_is_told(server, change, words):
     read(server.url)
 
 
+def test_a_file_that_is_not_the_configs_is_not_written(
+  exported, server, monkeypatch
+):
+  written = []
+  monkeypatch.setattr(
+    remote.tempfile, "TemporaryFile", lambda: written.append(1)
+  )
+  other = whole(exported, body=lambda data: data.replace(b'"F32"', b'"I32"'))
+  server.spoil = other
+  with pytest.raises(ArtifactError, match="its header is not the one that"):
+    read(server.url)
+  server.spoil = whole(exported)
+  usage = remote.shutil.disk_usage("/")
+  monkeypatch.setattr(
+    remote.shutil, "disk_usage", lambda path: usage._replace(free=1000)
+  )
+  with pytest.raises(ArtifactError, match=r"do not fit into .* 1000 are free"):
+    read(server.url)
+  assert not written
+
+
+def test_a_size_that_the_header_does_not_fill_is_told(
+  exported, server, monkeypatch
+):
+  """By a config of the server's own, as an answer may be endless."""
+  read_config = artifact.read_config
+
+  def larger(place):
+    config = read_config(place)
+    config["files"]["model.safetensors"]["size"] *= 1000
+    return config
+
+  monkeypatch.setattr(artifact, "read_config", larger)
+  size = (exported / "model.safetensors").stat().st_size
+  server.spoil = whole(exported, lambda h: {"Connection": "close"})
+  with pytest.raises(ArtifactError, match=f"and {size} by its header"):
+    read(server.url)
+
+
 def altered(exported, name, row):
   """Alters a byte of one row, wherever it is sent."""
   with safetensors_io.Reader(exported / "model.safetensors") as reader:
@@ -530,15 +571,13 @@ def test_another_host_is_not_followed(exported, server, close):
 
 def test_https_is_not_left(monkeypatch):
   opened = []
-  monkeypatch.setattr(
-    remote.urllib.request, "build_opener", lambda policy: opened.append(policy)
-  )
+  monkeypatch.setattr(web, "opener", opened.append)
   for url in ("https://example.org/any", "hf://org/name"):
     remote.Remote(url)
     policy = opened.pop()
-    asked = remote.urllib.request.Request("https://example.org/config.json")
+    asked = urllib.request.Request("https://example.org/config.json")
     for other in ("http", "ftp"):
-      with pytest.raises(remote.RemoteError, match=f"from https to {other}"):
+      with pytest.raises(web.RemoteError, match=f"from https to {other}"):
         policy.redirect_request(
           asked, None, 302, "", {}, f"{other}://example.org/"
         )
@@ -571,6 +610,22 @@ def test_what_no_url_is_for_says_so(server):
     with pytest.raises(ArtifactError, match=r"of a URL, http.* not supported"):
       call(server.url)
   assert not server.asked
+
+
+@pytest.mark.parametrize(
+  "endpoint", ["hub.example.org", "file:///etc", "https://", "http://[::1"]
+)
+def test_an_endpoint_that_is_no_url_of_the_web_is_told(monkeypatch, endpoint):
+  monkeypatch.setenv("HF_ENDPOINT", endpoint)
+  with pytest.raises(ArtifactError, match=r"HF_ENDPOINT is .*; set it to"):
+    maestro.load("hf://org/name")
+
+
+def test_nothing_but_the_web_is_opened(tmp_path):
+  opener = web.opener(web.Redirects(anywhere=True))
+  for url in (tmp_path.as_uri(), "ftp://127.0.0.1/x", "data:,x"):
+    with pytest.raises(urllib.error.URLError, match="unknown url type"):
+      opener.open(url)
 
 
 @pytest.mark.parametrize(
