@@ -75,7 +75,8 @@ class Options:
     onnx: writes ONNX of every size, if jax2onnx is installed.
     repeats: forward passes of which the latency is the median; 0 measures none.
     int8: stores weights as int8, as many of them as `int8_tolerance` allows.
-    int8_tolerance: largest relative difference to the network in float32.
+    int8_tolerance: largest relative difference to the network in float32, of
+      the same batch-norm statistics, on random inputs.
   """
 
   tolerance: float = 1e-4
@@ -152,8 +153,8 @@ def export(
   forms = {}
   if options.int8:
     cuts, forms = _round(run, cuts, options.int8_tolerance)
-    if dataset is not None:
-      cuts = _with_data(run, cuts, dataset, fresh)
+    if dataset is not None:  # by the statistics that it was compared with
+      cuts = _with_data(run, cuts, dataset, fresh=False)
   config = _describe(run, cuts, checkpoint, fresh)
   config["weights"] = forms
   _add_latency(run, cuts, config, options.repeats)
@@ -212,7 +213,11 @@ def _cut(
 def _round(
   run: opened.Run, cuts: Sequence[Cut], tolerance: float
 ) -> tuple[list[Cut], dict[str, list[str]]]:
-  """Rounds weights to int8: networks, and which weights are and are not."""
+  """Rounds weights to int8: networks, and which weights are and are not.
+
+  Each keeps the batch-norm statistics of its float32 weights, so that what is
+  compared is what is written.
+  """
   networks = [cut.variables for cut in cuts]
   outputs = verify.make_outputs(run.model, run.facts.example, n=32)
   pairs, forms = rounding.fit(

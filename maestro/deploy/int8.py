@@ -5,7 +5,8 @@
 The channels of a factor are its components: a row of the rank axis has a scale
 of its own, so the first rows with their scales are the smaller network, exactly
 as they are in float32. Those of a dense weight are its outputs, of an embedding
-its tokens. A number is off by at most s[c] / 2.
+its tokens. In float32 a number is off by at most s[c] / 2; in a shorter dtype,
+by the rounding of s[c] and of the product to it besides.
 """
 
 from collections.abc import Sequence

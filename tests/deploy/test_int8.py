@@ -5,13 +5,14 @@ import pathlib
 import re
 import shutil
 
+import flax.linen
 import jax
 import numpy as np
 import pytest
 
 import maestro
 from maestro import data as data_lib
-from maestro import introspect, lowrank, models, trees
+from maestro import introspect, lowrank, models, nn, trees
 from maestro.deploy import artifact, export, int8, packing, rounding, verify
 from maestro.deploy import files as safetensors_io
 from maestro.deploy.network import as_run
@@ -223,6 +224,40 @@ def test_layers_that_would_differ_too_much_stay(tmp_path):
     run, tmp_path / "none", sizes(run), options=none, **QUIET
   )
   assert config["weights"]["int8"] == []
+
+
+class Normed(flax.linen.Module):
+  """One convolution that is normalised."""
+
+  @flax.linen.compact
+  def __call__(self, x, train=False):
+    x = nn.Conv(8, (3, 3), name="conv")(x)
+    x = flax.linen.BatchNorm(use_running_average=not train, name="norm")(x)
+    return nn.Dense(10, name="head")(jax.nn.relu(x).mean((1, 2)))
+
+
+def test_what_was_compared_is_what_is_written(tmp_path):
+  model, x = Normed(), jax.ShapeDtypeStruct((1, 8, 8, 1), "float32")
+  variables = jax.jit(model.init)(jax.random.key(0), np.ones(x.shape))
+  layers = introspect.layers(model, x)
+  params = lowrank.decompose(variables["params"], [lowrank.Rule()], layers)
+  run = as_run(model, {**variables, "params": params}, x)
+  size = export.Size("own", jax.tree.map(lambda r: r // 2, run.ranks))
+  read = {}
+  for form in ("int8", "float32"):
+    options = export.Options(repeats=0, stablehlo=False, int8=form == "int8")
+    out, data = tmp_path / form, data_lib.make("digits")
+    export.export(run, out, [size], dataset=data, options=options, **QUIET)
+    read[form] = artifact.read(out, model=model)
+  stats = [read[form].variables["batch_stats"] for form in read]
+  assert np.all(np.asarray(stats[1]["norm"]["mean"]) != 0)  # computed anew
+  jax.tree.map(np.testing.assert_array_equal, *stats)
+  outputs = verify.make_outputs(model, x, n=32)
+  found = verify.difference(
+    *(outputs(read[form].variables) for form in ("float32", "int8"))
+  )
+  told = read["int8"].profile["difference"]["int8"]
+  assert 1e-4 < found <= 1e-2 and found == pytest.approx(told, rel=1e-3)
 
 
 def test_a_merged_kernel_has_a_scale_for_each_output(tmp_path, close):
