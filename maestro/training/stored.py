@@ -51,12 +51,17 @@ def _own(
   wanted: dict[str, tuple[int, ...]],
 ) -> dict[str, Any]:
   """Variables of an export's tensors, or of what is laid out like them."""
+  if rounded := [name for name in tensors if name.startswith("scales/")]:
+    raise pytorch.WeightsError(
+      f"its weights are int8, as {rounded[0]} says, which training does not"
+      " start from; export without --int8"
+    )
   found, sizes = {}, set()
   for name, x in tensors.items():
-    if name.startswith("batch_stats/") and name not in wanted:
-      part, size, rest = name.split("/", 2)  # statistics are of a size
-      sizes.add(size)
-      name = f"{part}/{rest}"
+    parts = name.split("/", 2)
+    if parts[0] == "batch_stats" and name not in wanted and len(parts) == 3:
+      sizes.add(parts[1])  # statistics are of a size
+      name = f"batch_stats/{parts[2]}"
     found[name] = x
   if len(sizes) > 1:
     raise pytorch.WeightsError(

@@ -148,6 +148,23 @@ def test_all_that_does_not_fit_is_named(network, tmp_path):
     assert part in str(caught.value)
 
 
+def test_int8_weights_are_refused_as_such(network, tmp_path):
+  path = tmp_path / "int8.safetensors"
+  tensors = _exported(network)
+  tensors["scales/params/stem/v"] = np.ones((1, 1), np.float32)
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(UserError, match=r"weights are int8.*without --int8"):
+    build.make_training(parse(config(path))).initial()
+
+
+def test_a_name_that_is_no_statistic_is_unknown(network, tmp_path):
+  path = tmp_path / "odd.safetensors"
+  tensors = _exported(network) | {"batch_stats/b": np.ones(2, np.float32)}
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(UserError, match="unknown: batch_stats/b"):
+    build.make_training(parse(config(path))).initial()
+
+
 def test_pytorchs_weights_of_another_network_are_refused(network, tmp_path):
   path = tmp_path / "wide.safetensors"
   t, _, variables = network
