@@ -9,6 +9,7 @@ import numpy as np
 from maestro import pytorch
 from maestro.deploy import artifact
 from maestro.errors import UserError
+from maestro.models import LinearAutoencoder, LinearMap
 
 if TYPE_CHECKING:
   import torch  # pyright: ignore[reportMissingImports]
@@ -52,6 +53,14 @@ def to_torch(
   from maestro.deploy import torch_networks
 
   loaded = artifact.read(directory, budget=budget, profile=profile)
+  linear = isinstance(loaded.model, LinearMap | LinearAutoencoder)
+  shape = loaded.config["input"]["shape"]
+  if linear and len(shape) != 1:
+    axes = ", ".join(["b", *map(str, shape)])
+    raise pytorch.WeightsError(
+      f"{type(loaded.model).__name__} on inputs [{axes}]"
+      " maps their last axis alone; PyTorch's form is of inputs [b, n]"
+    )
   state = pytorch.to_state_dict(
     loaded.model, loaded.variables, _example(loaded.config["input"])
   )

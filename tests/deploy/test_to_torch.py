@@ -232,6 +232,19 @@ def test_what_the_documentation_shows_runs(exported, monkeypatch):
   )
 
 
+@pytest.mark.parametrize(
+  "model", [models.LinearMap(6), models.LinearAutoencoder()]
+)
+def test_a_linear_map_of_more_than_vectors_is_refused(tmp_path, model):
+  x = np.ones((1, 3, 6), np.float32)
+  params = {"map": {"kernel": np.eye(6, dtype=np.float32)}}
+  run = network.as_run(model, {"params": params}, x)
+  out = tmp_path / "map"
+  export.export(run, out, options=OPTIONS, log=lambda line: None)
+  with pytest.raises(UserError, match=r"on inputs \[b, 3, 6\] maps their last"):
+    maestro.to_torch(out)
+
+
 def test_without_pytorch_the_remedy_is_told(exported, monkeypatch):
   directory = exported("linear_map")
   monkeypatch.setitem(sys.modules, "torch", None)
