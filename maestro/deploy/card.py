@@ -5,10 +5,13 @@ their tools look for (`labels`).
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maestro.report.tables import markdown_table
+
+OWN_DATA = "data of its own"  # of what no run of maestro has trained
 
 
 def rows(config: Mapping[str, Any]) -> list[list[str]]:
@@ -17,7 +20,7 @@ def rows(config: Mapping[str, Any]) -> list[list[str]]:
   scores = [
     (split, metric)
     for split in ("val", "test")
-    for metric in ("accuracy", "loss")
+    for metric in ("accuracy", "bleu", "perplexity", "loss")
     if any(metric in p["metrics"].get(split, {}) for p in profiles)
   ]
   batches = sorted(dense["latency_ms"], key=int)
@@ -132,15 +135,18 @@ def _head(config: Mapping[str, Any], name: str) -> list[str]:
           "type": config["data"],
           "split": split,
         },
-        "metrics": [
-          {"type": metric, "name": metric, "value": value}
-          for metric, value in metrics.items()
-          if isinstance(value, float | int)
-        ],
+        "metrics": known,
       }
       for split, metrics in profile["metrics"].items()
+      if (
+        known := [
+          {"type": metric, "name": metric, "value": value}
+          for metric, value in metrics.items()
+          if isinstance(value, float | int) and math.isfinite(value)
+        ]
+      )
     ]
-    if results:
+    if results and config["data"] != OWN_DATA:
       label = f"{name}, size {profile['name']}"
       index.append({"name": label, "results": results})
   if index:
@@ -178,7 +184,8 @@ def make_card(config: Mapping[str, Any], name: str) -> str:
     markdown_table(rows(config)),
     "",
     "MACs are of one example; percentages are of the dense network. Metrics"
-    " are fractions (accuracy) and per example (loss).",
+    " are fractions (accuracy), out of 100 (BLEU) and per example (loss; per"
+    " token for texts, as perplexity is).",
   ]
   if config["dense"]["latency_ms"]:
     lines.append(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from maestro import introspect, lowrank
+from maestro.deploy import card
 from maestro.errors import UserError
 from maestro.training import build, opened
 from maestro.trees import Tree
@@ -80,7 +81,7 @@ def as_run(
       " of several inputs in one that takes them side by side"
     )
   facts = build.Facts(
-    data="data of its own",
+    data=card.OWN_DATA,
     input_shape=tuple(inputs.shape[1:]),
     input_dtype=str(inputs.dtype),
     num_classes=None,

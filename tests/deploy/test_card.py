@@ -80,6 +80,29 @@ def test_the_head_guesses_nothing():
     assert result["task"] == {"type": "other"}
 
 
+def _with(**metrics):
+  """The same with metrics of the test split."""
+  return CONFIG | {
+    "profiles": [p | {"metrics": {"test": metrics}} for p in CONFIG["profiles"]]
+  }
+
+
+def test_the_head_is_without_what_is_no_number_or_of_no_data():
+  index = head(_with(loss=float("nan"), accuracy=0.5))["model-index"]
+  assert index[0]["results"][0]["metrics"] == [
+    {"type": "accuracy", "name": "accuracy", "value": 0.5}
+  ]
+  assert "model-index" not in head(_with(loss=float("inf")))
+  assert "model-index" not in head(_with(loss=1.0) | {"data": card.OWN_DATA})
+
+
+def test_metrics_of_texts_have_columns():
+  table = card.rows(_with(loss=2.0, perplexity=7.4, bleu=30.2))
+  names = ["test bleu", "test perplexity", "test loss"]
+  assert [name for name in table[0] if name.startswith("test")] == names
+  assert table[2][-3:] == ["30.2000", "7.4000", "2.0000"]
+
+
 def test_tools_of_a_hub_read_the_card():
   hub = pytest.importorskip(
     "huggingface_hub", reason="huggingface_hub is not installed"
