@@ -266,9 +266,8 @@ class RemoteFile:
         self._held[block.begin] = memoryview(data)
     runs: list[list[packing.Block]] = []
     for block in missing:
-      run = runs[-1] if runs else ()
-      near = run and block.begin - run[-1].end <= _GAP
-      if near and block.end - run[0].begin <= _MOST_RUN:
+      near = bool(runs) and block.begin - runs[-1][-1].end <= _GAP
+      if near and block.end - runs[-1][0].begin <= _MOST_RUN:
         runs[-1].append(block)
       else:
         runs.append([block])

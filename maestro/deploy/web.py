@@ -39,9 +39,11 @@ def parse_hub(url: str) -> tuple[str, str, str, str]:
 
 def opener(redirects: "Redirects") -> urllib.request.OpenerDirector:
   """Opens http and https, by proxies where they are set, and nothing else."""
-  made = urllib.request.OpenerDirector()
+  made, proxies = urllib.request.OpenerDirector(), urllib.request.getproxies()
   for handler in (
-    urllib.request.ProxyHandler(),
+    urllib.request.ProxyHandler(
+      {k: v for k, v in proxies.items() if k in ("http", "https")}
+    ),
     urllib.request.UnknownHandler(),
     urllib.request.HTTPHandler(),
     urllib.request.HTTPSHandler(),
