@@ -33,7 +33,7 @@ def make_inputs(
   rng = np.random.default_rng(0)
   if np.issubdtype(dtype, np.integer):
     if specs is None and model is not None:
-      specs = layers(model, example)
+      specs = layers(model, example, **mode(model, train=False))
     tables = [s.n_in for s in (specs or {}).values() if s.kind == "embed"]
     return rng.integers(0, min(tables, default=2), shape).astype(dtype)
   return rng.standard_normal(shape).astype(dtype)
