@@ -111,10 +111,11 @@ def get_config(arg: str = "") -> ConfigDict:
   if "paper" in variants:
     # (width * steps of warm-up)^-1/2
     rate = (c.model.width * 4000) ** -0.5
-    c.discover.schedule = ConfigDict(NOAM | {"learning_rate": rate})
+    noam = NOAM | {"learning_rate": rate}
+    c.discover.schedule = ConfigDict(noam)
     # It goes on in settle, if there is one.
     begun = f"epochs:{c.discover.epochs}"
-    c.settle.schedule = ConfigDict(c.discover.schedule | {"begun": begun})
+    c.settle.schedule = ConfigDict(noam | {"begun": begun})
   else:
     one_line(c, peak)
   return c.lock()

@@ -8,7 +8,7 @@ nats a character. The dense network trains for a fifth of the run, then a race
 chooses the ranks of half of its MACs; products of activations count in these,
 and cannot shrink. Variants:
 
-  nested  one network with levels of 100 to 35 % of the MACs
+  nested  one network with levels of 100 to 25 % of the MACs
   maestro  by a lambda: ordered dropout and group lasso discover ranks
   gpu     6 blocks, 384 wide (10.7 million parameters), in bfloat16
   smoke   two epochs of 8 steps with a small network, to see that all runs
@@ -87,10 +87,5 @@ def get_config(arg: str = "") -> ConfigDict:
   common.go(c, variants, warm_up=warm_up, default="race")
   if c.method == "race":
     c.budget = "macs:0.5"
-  if c.method == "nested":
-    # Attention's own products cost the same at any ranks.
-    levels = {"levels": (1.0, 0.75, 0.5, 0.35)}
-    with c.ignore_type():  # of a name alone
-      c.method = ConfigDict({"name": "nested", "nested": levels})
   one_line(c, peak)
   return c.lock()

@@ -283,17 +283,19 @@ def test_every_shipped_config_builds(path, variant, method):
   c = parse(json.loads(json.dumps(config.to_dict())))
   cls, options = MODELS[c.model["name"]], dict(c.model)
   del options["name"]
+  steps = 10
   if c.data["name"] in SHAPES:
     shape = (1, *SHAPES[c.data["name"]])
     model = cls(num_classes=10, **options)
     x = jax.ShapeDtypeStruct(shape, "float32")
   else:
-    dataset = data_lib.make(**c.data)
+    dataset = data_lib.outline(**c.data)
+    steps = len(dataset.train) // c.batch_size
     facts = build.Facts.of(dataset)
     model, x = build.make_model(c, facts), facts.example
   layers = nn.layers(model, x)
   sections = {p: getattr(c, p).schedule for p in ("discover", "settle")}
-  schedule = optim.make_schedule(sections, clock_of(c, 10))
+  schedule = optim.make_schedule(sections, clock_of(c, steps))
   tx = optim.make(c.optimizer, schedule)
 
   def initial(key):

@@ -494,3 +494,27 @@ def test_decay_acts_on_the_paths_that_it_is_given(name):
     )
   with pytest.raises(ConfigError, match=r"decay_paths: '\(' is no regular"):
     first_update({"name": name} | decay | {"decay_paths": "("}, params, zero)
+
+
+def test_the_inverse_root_goes_on_where_an_earlier_phase_ended():
+  section = {
+    "name": "inverse_sqrt",
+    "learning_rate": 2.0,
+    "warmup": "steps:4",
+  }
+  clock = Clock(10, 1, discover=30, settle=20)
+  one = optim.make_schedule(
+    {"discover": section, "settle": section | {"begun": "steps:30"}}, clock
+  )
+  found = [float(one(step)) for step in (0, 1, 3, 15, 29, 30, 35)]
+  want = [0.5, 1.0, 2.0, 1.0, 2 * (4 / 30) ** 0.5, 2 * (4 / 31) ** 0.5]
+  np.testing.assert_allclose(found, [*want, 2 / 3], rtol=1e-6)
+  # With this peak it is Noam's: width^-1/2 min(i^-1/2, i warmup^-3/2).
+  width, warmup = 8, 4
+  peak = (width * warmup) ** -0.5
+  noam = optim.inverse_sqrt(clock, 30, learning_rate=peak, warmup="steps:4")
+  for i in (1, 3, 4, 5, 9):
+    rate = width**-0.5 * min(i**-0.5, i * warmup**-1.5)
+    np.testing.assert_allclose(noam(i - 1), rate, rtol=1e-6)
+  with pytest.raises(ConfigError, match=r"schedule\.warmup: 'steps:0'"):
+    optim.inverse_sqrt(clock, 30, learning_rate=1.0, warmup="steps:0")
