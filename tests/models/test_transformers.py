@@ -152,10 +152,10 @@ def test_every_form_of_ranks_is_the_same_network(name, close):
 
   whole, again, sampled, masked = outputs(params, ranks)
   scale = float(np.max(np.abs(whole)))
-  close(again, whole, 2e-5 * scale)
-  close(sampled, masked, 2e-5 * scale)
+  close(again, whole, 2e-5)
+  close(sampled, masked, 2e-5)
   small = lowrank.extract(params, ranks, layers)
-  close(model.apply({"params": small}, x), masked, 2e-5 * scale)
+  close(model.apply({"params": small}, x), masked, 2e-5)
   assert np.max(np.abs(sampled - whole)) > 1e-2 * scale
 
 
@@ -175,9 +175,14 @@ def test_a_scan_of_blocks_is_the_blocks(name, close):
 
   (_, y), grads = both(scanned, params, ranks)
   (_, want), want_grads = both(loop, unstack(params), unstack(ranks))
-  close(y, want, 1e-5 * float(np.max(np.abs(want))))
+  close(y, want)
+  # Some are zero but for rounding: a key's bias changes no attention.
   most = max(float(np.max(np.abs(g))) for g in jax.tree.leaves(want_grads))
-  close(unstack(grads), want_grads, 2e-5 * most)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * most),
+    unstack(grads),
+    want_grads,
+  )
 
 
 @pytest.mark.parametrize("name", ["pre-norm", "gpt"])
@@ -193,7 +198,7 @@ def test_token_by_token_is_all_at_once(name, close):
   for at in range(read.shape[1]):
     logits, cache = step(variables, cache, read[:, at], at)
     known = np.asarray(read[:, at] != 0) if x.ndim == 3 else slice(None)
-    close(logits[known], want[known, at], 2e-5 * float(np.max(np.abs(want))))
+    close(logits[known], want[known, at], 2e-5)
 
 
 def test_a_scan_refuses_to_go_token_by_token():
@@ -221,7 +226,7 @@ def test_padding_changes_nothing_and_has_no_logits(close):
   want = model.apply({"params": params}, x)
   longer = jnp.pad(x, [(0, 0), (0, 0), (0, 4)])
   found = model.apply({"params": params}, longer)
-  close(found[:, :7], want, 1e-5 * float(np.max(np.abs(want))))
+  close(found[:, :7], want, 1e-5)
   assert not np.any(found[:, 7:])
   assert not np.any(np.asarray(want)[np.asarray(x[:, 1] == 0)])
 
