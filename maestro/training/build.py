@@ -15,6 +15,7 @@ from maestro import introspect as nn
 from maestro import ops, sampling, streams
 from maestro.cost.count import Cost, count_cost
 from maestro.data.dataset import example_lengths
+from maestro.errors import UserError
 from maestro.methods import bind as methods
 from maestro.methods.subject import Subject
 from maestro.models import MODELS
@@ -96,7 +97,7 @@ def make_score(
 ) -> Callable[[Any, data_lib.Split], dict[str, float]]:
   """Makes what a finished network is judged by: its evaluation, and BLEU."""
   evaluate = make_evaluator(c, model, dataset, mesh)
-  return translate.make_score(evaluate, model, dataset, batch_size=100)
+  return translate.make_score(evaluate, model, dataset)
 
 
 def make_recalibrator(
@@ -225,6 +226,7 @@ def make_training(
   placement = Placement(mesh, layers, c.placement)
   placement.check(shapes["params"])
   random = functools.partial(start.random, c.seed, model, facts.example)
+  evaluate = make_evaluator(c, model, dataset, mesh)
   method = methods.bind(
     c.method,
     settings(c),
@@ -310,8 +312,8 @@ def make_training(
       method.nested.options.shares if method.nested else (1.0,),
       clock.steps_per_epoch,
     ),
-    evaluate=make_evaluator(c, model, dataset, mesh),
-    score=make_score(c, model, dataset, mesh),
+    evaluate=evaluate,
+    score=translate.make_score(evaluate, model, dataset),
     recalibrate=make_recalibrator(c, model, dataset, mesh),
     judge=lambda examples: make_judge(
       model,
@@ -336,6 +338,8 @@ def _check_fit(c: Config, model: Any, facts: Facts, targets: Any) -> None:
     y, _ = jax.eval_shape(
       model.init_with_output, jax.random.key(0), facts.example
     )
+  except UserError:  # of an option, which it names
+    raise
   except (AttributeError, IndexError, TypeError, ValueError) as error:
     text = str(error).strip().partition("\n")[0]
     raise ConfigError(

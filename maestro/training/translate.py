@@ -21,7 +21,7 @@ WIDTH, ALPHA = 4, 0.6  # of the beam, as Vaswani et al. (2017), section 6.1
 
 
 def make_translate(
-  model: Any, dataset: Dataset, *, batch_size: int
+  model: Any, dataset: Dataset, *, batch_size: int = 100
 ) -> Callable[[Any, Split], list[str]]:
   """Returns translate(variables, split) -> a text for each example.
 
@@ -76,8 +76,6 @@ def make_score(
   evaluate: Callable[[Any, Split], dict[str, float]],
   model: Any,
   dataset: Dataset,
-  *,
-  batch_size: int,
 ) -> Callable[[Any, Split], dict[str, float]]:
   """Returns `evaluate`, of translations with their BLEU beside the rest.
 
@@ -97,7 +95,7 @@ def make_score(
   if missing:
     logging.warning("translations are not scored: %s", missing)
     return evaluate
-  translate = make_translate(model, dataset, batch_size=batch_size)
+  translate = make_translate(model, dataset)
 
   def score(variables: Any, split: Split) -> dict[str, float]:
     metrics = evaluate(variables, split)

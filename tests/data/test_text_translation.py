@@ -179,7 +179,10 @@ def test_missing_files_say_which_where_and_how_to_get_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "raw", [b"text\n", gzip.compress(b"text\n" * 99)[:-9], gzip.compress(b"\xff")]
+  "raw",
+  [b"text\n", gzip.compress(b"text\n" * 99)[:-9], gzip.compress(b"\xff")],
+  # Not the bytes, which hold the time: all workers must name a test alike.
+  ids=["plain text", "cut off", "not UTF-8"],
 )
 def test_damaged_files_are_told(tmp_path, raw):
   write(tmp_path)
