@@ -41,6 +41,7 @@ Count = Annotated[int, Range("[1, inf)")]
 Natural = Annotated[int, Range("[0, inf)")]
 Weight = Annotated[float, Range("[0, inf)")]
 Positive = Annotated[float, Range("(0, inf)")]
+Rate = Annotated[float, Range("[0, 1)")]
 Share = Annotated[float, Range("[0, 1]")]
 Ratio = Annotated[float, Range("(0, 1]")]
 

@@ -11,7 +11,8 @@ with A = E |g|^2 x x^T and G = E g g^T over rows x that the kernel meets and
 gradients g at the layer's output (a Kronecker product for the layer's Fisher
 information). A table that makes logits, too, q K^T, adds to both what its use
 there has at stake: |q|^2 times the squares of the logits' gradients to A, and
-the squared norms of these times q q^T to G.
+the squared norms of these times q q^T to G. That the product of the sums is
+about the sum of the products is one more approximation.
 
 The best approximation of rank r is a prefix of
 
@@ -70,11 +71,11 @@ def moments(
 ) -> dict[str, Moments]:
   """Averages over the inputs that each kernel meets, and gradients behind it.
 
-  Means are over rows, of tables over look-ups. The gradients are of
-  <outputs of the model, z> with z normal, the same for
-  equal keys: those of a loss whose Hessian with respect to the outputs is the
-  identity, or, centred, of a softmax that has learned nothing. Rows are those
-  of `calibrate.second_moments`; one backward pass a batch.
+  Means are over rows, of tables over look-ups. The gradients are of <outputs of
+  the model, z> with z normal, the same for equal keys: those of a loss whose
+  Hessian with respect to the outputs is the identity, or, centred, of a softmax
+  that has learned nothing. Rows are those of `calibrate.second_moments`; one
+  backward pass a batch.
 
   Args:
     model: a Flax Linen module.
@@ -100,13 +101,14 @@ def moments(
         weighted = jnp.einsum("n,nv->v", square, x * x)
         strength = jnp.sum(x * x, axis=-1)[..., None]
         sums = Moments(zero, weighted, _gram(strength * g, g))
-        return {"sums": sums, "rows": jnp.zeros((), jnp.float32)}
+        return {"sums": sums, "rows": jnp.float32(0), "seen": count}
       inputs, weighted = zero.at[x].add(1.0), zero.at[x].add(square)
     else:
       x = x.astype(jnp.float32)
       inputs, weighted = _gram(x, x), _gram(square[..., None] * x, x)
     outputs = _gram(g, g)
-    return {"sums": Moments(inputs, weighted, outputs), "rows": count}
+    sums = Moments(inputs, weighted, outputs)
+    return {"sums": sums, "rows": count, "seen": count}
 
   def zeros(spec: LayerSpec) -> dict:
     side = (*spec.lead, spec.n_in)
@@ -115,6 +117,7 @@ def moments(
     return {
       "sums": Moments(jnp.zeros(side), jnp.zeros(side), jnp.zeros(out)),
       "rows": jnp.zeros(spec.stack),
+      "seen": jnp.zeros(spec.stack),
     }
 
   def objective(taps, variables, inputs, key):
@@ -142,7 +145,7 @@ def moments(
     if not layers:
       return {}
     raise CalibrationError("no batches to calibrate on; pass at least one")
-  if missing := [p for p, t in total.items() if not np.all(t["rows"])]:
+  if missing := [p for p, t in total.items() if not np.all(t["seen"])]:
     raise CalibrationError(
       f"layers {missing}: no inputs were seen; under nn.scan, list"
       ' "captured" among its variable_axes: {"params": 0, "captured": 0};'
@@ -150,7 +153,7 @@ def moments(
     )
   found = {}
   for path, t in total.items():
-    rows = np.max(np.asarray(t["rows"]))
+    rows = max(np.max(np.asarray(t["rows"])), 1)  # logits alone look up none
     found[path] = jax.tree.map(lambda x, rows=rows: x / rows, t["sums"])
     for field in dataclasses.fields(Moments):
       if not np.all(np.isfinite(getattr(found[path], field.name))):

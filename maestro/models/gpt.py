@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from maestro import nn
 from maestro.errors import UserError
 from maestro.models.attention import Stack, causal
-from maestro.schema import Count, Share
+from maestro.schema import Count, Rate
 
 
 class GPT(linen.Module):
@@ -35,7 +35,7 @@ class GPT(linen.Module):
   layers: Count = 6
   width: Count = 384
   heads: Count = 6
-  dropout: Share = 0.1
+  dropout: Rate = 0.1
   scan: bool = False
   dtype: str | None = None
 

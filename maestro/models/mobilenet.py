@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Annotated
 
 import flax.linen as linen
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from maestro import nn
 from maestro.errors import UserError
-from maestro.schema import Count, Positive, Range
+from maestro.schema import Count, Positive, Rate
 
 _CONV_INIT = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
 _DENSE_INIT = linen.initializers.normal(0.01)
@@ -109,7 +108,7 @@ class MobileNetV2(linen.Module):
   num_classes: Count
   multiplier: Positive = 1.0
   stages: Sequence[Sequence[Count]] = STAGES
-  dropout: Annotated[float, Range("[0, 1)")] = 0.2
+  dropout: Rate = 0.2
   dtype: str | None = None
 
   @linen.compact

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from maestro import nn
 from maestro.models.attention import Stack, causal, sinusoids
-from maestro.schema import Count, Share
+from maestro.schema import Count, Rate
 
 PAD = 0  # the token that fills sentences up
 
@@ -42,7 +42,7 @@ class Transformer(linen.Module):
   width: Count = 512
   hidden: Count = 2048
   heads: Count = 8
-  dropout: Share = 0.1
+  dropout: Rate = 0.1
   norm: Literal["post", "pre"] = "post"
   scan: bool = False
   dtype: str | None = None

@@ -1,13 +1,12 @@
 """VGG-19 with batch normalisation."""
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import flax.linen as linen
 import jax
 
 from maestro import nn
-from maestro.schema import Count, Range
+from maestro.schema import Count, Rate
 
 _CONV_INIT = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
 _DENSE_INIT = linen.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -33,7 +32,7 @@ class VGG19(linen.Module):
   num_classes: Count
   width: Count = 64
   hidden: Sequence[Count] = ()
-  dropout: Annotated[float, Range("[0, 1)")] = 0.5
+  dropout: Rate = 0.5
   dtype: str | None = None
 
   @linen.compact

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from maestro import nn
 from maestro.errors import UserError
 from maestro.models.attention import Stack
-from maestro.schema import Count, Share
+from maestro.schema import Count, Rate
 
 
 class ViT(linen.Module):
@@ -34,7 +34,7 @@ class ViT(linen.Module):
   width: Count = 384
   hidden: Count = 1536
   heads: Count = 6
-  dropout: Share = 0.0
+  dropout: Rate = 0.0
   scan: bool = False
   dtype: str | None = None
 

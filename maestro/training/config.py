@@ -15,6 +15,7 @@ from maestro.schema import (
   Natural,
   Positive,
   Range,
+  Rate,
   Share,
   Weight,
   bind,
@@ -168,7 +169,7 @@ class Config:
   rules: tuple[Rule, ...] = (Rule(),)
   seed: Annotated[int, Range("[0, 4294967296)")] = 0
   loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
-  label_smoothing: Annotated[float, Range("[0, 1)")] = 0.0
+  label_smoothing: Rate = 0.0
   lasso: Literal["hierarchical", "flat"] = "hierarchical"
   lasso_cost: Literal["macs", "params"] | None = None
   threshold: Weight = 1e-5

@@ -94,36 +94,15 @@ MODEL = models.MLP(num_classes=10, features=(48, 32))
 RANKS = {"large": (24, 15, 9), "middle": (9, 5, 6), "small": (3, 0, 2)}
 
 
-def make_run():
-  rng = np.random.default_rng(0)
-  x = jax.ShapeDtypeStruct((1, 8, 8, 1), "float32")
-  shapes = jax.eval_shape(MODEL.init, jax.random.key(0), x)["params"]
-  dense = jax.tree.map(
-    lambda s: rng.standard_normal(s.shape).astype(s.dtype) / 4, shapes
-  )
-  layers = introspect.layers(MODEL, x)
-  params = lowrank.decompose(dense, [lowrank.Rule()], layers)
-  return as_run(MODEL, {"params": params}, x)
-
-
-def sizes(run):
-  return [
-    export.Size(
-      name, packing.rank_tree(dict(zip(run.layers, ranks, strict=True)))
-    )
-    for name, ranks in RANKS.items()
-  ]
-
-
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(tmp_path_factory, random_run, sizes_of):
   root = tmp_path_factory.mktemp("int8")
-  run, lines = make_run(), []
+  run, lines = random_run(MODEL), []
   for name, of_int8 in (("int8", True), ("float32", False)):
     export.export(
       run,
       root / name,
-      sizes(run),
+      sizes_of(run, RANKS),
       dataset=data_lib.make("digits"),
       options=export.Options(repeats=0, stablehlo=False, int8=of_int8),
       log=lines.append,
@@ -203,14 +182,14 @@ def test_the_reader_of_the_docs_reads_int8(exported, close):
     close(found, np.asarray(model.apply(variables, X)))
 
 
-def test_layers_that_would_differ_too_much_stay(tmp_path):
-  run = make_run()
+def test_layers_that_would_differ_too_much_stay(tmp_path, random_run, sizes_of):
+  run = random_run(MODEL)
   tight = export.Options(
     repeats=0, stablehlo=False, int8=True, int8_tolerance=7e-3
   )
   lines = []
   config = export.export(
-    run, tmp_path / "out", sizes(run), options=tight, log=lines.append
+    run, tmp_path / "out", sizes_of(run, RANKS), options=tight, log=lines.append
   )
   forms = config["weights"]
   assert forms["int8"] and forms["float32"]
@@ -221,7 +200,7 @@ def test_layers_that_would_differ_too_much_stay(tmp_path):
   assert "difference would be too large" in "\n".join(lines)
   none = dataclasses.replace(tight, int8_tolerance=0.0)
   config = export.export(
-    run, tmp_path / "none", sizes(run), options=none, **QUIET
+    run, tmp_path / "none", sizes_of(run, RANKS), options=none, **QUIET
   )
   assert config["weights"]["int8"] == []
 
@@ -260,8 +239,10 @@ def test_what_was_compared_is_what_is_written(tmp_path):
   assert 1e-4 < found <= 1e-2 and found == pytest.approx(told, rel=1e-3)
 
 
-def test_a_merged_kernel_has_a_scale_for_each_output(tmp_path, close):
-  run = make_run()
+def test_a_merged_kernel_has_a_scale_for_each_output(
+  tmp_path, close, random_run
+):
+  run = random_run(MODEL)
   size = export.Size("own", run.ranks)  # dense is cheaper everywhere
   options = export.Options(repeats=0, stablehlo=False, int8=True)
   export.export(run, tmp_path / "out", [size], options=options, **QUIET)

@@ -7,44 +7,23 @@ import numpy as np
 import pytest
 
 import maestro
-from maestro import introspect, lowrank, models
-from maestro.deploy import artifact, directory, export, onnx, packing
-from maestro.deploy.network import as_run
+from maestro import models
+from maestro.deploy import artifact, directory, export, onnx
 
 MODEL = models.MLP(num_classes=5, features=(12,))
 EXAMPLE = jax.ShapeDtypeStruct((1, 4, 4), "float32")
 RANKS = {"params:0.5": (6, 4), "0.25": (2, 1)}
 
 
-def make_run():
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(MODEL.init, jax.random.key(0), EXAMPLE)["params"]
-  dense = jax.tree.map(
-    lambda s: rng.standard_normal(s.shape).astype(s.dtype) / 4, shapes
-  )
-  layers = introspect.layers(MODEL, EXAMPLE)
-  params = lowrank.decompose(dense, [lowrank.Rule()], layers)
-  return as_run(MODEL, {"params": params}, EXAMPLE)
-
-
-def sizes(run):
-  return [
-    export.Size(
-      name, packing.rank_tree(dict(zip(run.layers, ranks, strict=True)))
-    )
-    for name, ranks in RANKS.items()
-  ]
-
-
 OPTIONS = export.Options(repeats=0, stablehlo=False, onnx=True)
 
 
-def test_every_size_runs_in_onnxruntime(tmp_path):
+def test_every_size_runs_in_onnxruntime(tmp_path, random_run, sizes_of):
   for name in ("jax2onnx", "onnxruntime"):
     pytest.importorskip(name, reason=f"{name} is not installed")
-  run, out, lines = make_run(), tmp_path / "out", []
+  run, out, lines = random_run(MODEL, EXAMPLE), tmp_path / "out", []
   config = export.export(
-    run, out, sizes(run), options=OPTIONS, log=lines.append
+    run, out, sizes_of(run, RANKS), options=OPTIONS, log=lines.append
   )
   assert [config["onnx"][size]["file"] for size in RANKS] == [
     "model.params-0.5.onnx",
@@ -68,12 +47,18 @@ def test_every_size_runs_in_onnxruntime(tmp_path):
     maestro.load(out, model=MODEL)
 
 
-def test_without_its_packages_nothing_is_begun(monkeypatch, tmp_path):
+def test_without_its_packages_nothing_is_begun(
+  monkeypatch, tmp_path, random_run, sizes_of
+):
   monkeypatch.setitem(sys.modules, "jax2onnx", None)
-  run, lines = make_run(), []
+  run, lines = random_run(MODEL, EXAMPLE), []
   with pytest.raises(onnx.OnnxError, match=r"--onnx: .*jax2onnx.*pip install"):
     export.export(
-      run, tmp_path / "out", sizes(run), options=OPTIONS, log=lines.append
+      run,
+      tmp_path / "out",
+      sizes_of(run, RANKS),
+      options=OPTIONS,
+      log=lines.append,
     )
   assert not lines and not list(tmp_path.iterdir())
 

@@ -11,10 +11,9 @@ import pytest
 
 import maestro
 from maestro import data as data_lib
-from maestro import introspect, lowrank, models
-from maestro.deploy import artifact, export, packing, slices
+from maestro import models
+from maestro.deploy import artifact, export, slices
 from maestro.deploy.artifact import ArtifactError
-from maestro.deploy.network import as_run
 from maestro.runs import workdir
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "export.md"
@@ -23,36 +22,14 @@ MODEL = models.MLP(num_classes=10, features=(24, 16))
 RANKS = {"large": (16, 9, 10), "middle": (9, 5, 6), "small": (3, 0, 2)}
 
 
-def make_run():
-  """A random network on digits whose layers hold their full rank."""
-  rng = np.random.default_rng(0)
-  x = jax.ShapeDtypeStruct((1, 8, 8, 1), "float32")
-  shapes = jax.eval_shape(MODEL.init, jax.random.key(0), x)["params"]
-  dense = jax.tree.map(
-    lambda s: rng.standard_normal(s.shape).astype(s.dtype) / 4, shapes
-  )
-  layers = introspect.layers(MODEL, x)
-  params = lowrank.decompose(dense, [lowrank.Rule()], layers)
-  return as_run(MODEL, {"params": params}, x)
-
-
-def sizes(run):
-  return [
-    export.Size(
-      name, packing.rank_tree(dict(zip(run.layers, ranks, strict=True)))
-    )
-    for name, ranks in RANKS.items()
-  ]
-
-
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(tmp_path_factory, random_run, sizes_of):
   out = tmp_path_factory.mktemp("slices") / "any"
-  run = make_run()
+  run = random_run(MODEL)
   export.export(
     run,
     out,
-    sizes(run),
+    sizes_of(run, RANKS),
     dataset=data_lib.make("digits"),
     options=export.Options(repeats=5, stablehlo=False),
     log=lambda line: None,
@@ -127,8 +104,8 @@ def test_each_size_has_what_was_measured_and_no_more(exported):
   }
 
 
-def test_nothing_is_invented(tmp_path):
-  run = make_run()
+def test_nothing_is_invented(tmp_path, random_run):
+  run = random_run(MODEL)
   options = export.Options(repeats=0, stablehlo=False)
   export.export(run, tmp_path / "one", options=options, log=lambda line: None)
   value = slices.read(tmp_path / "one")

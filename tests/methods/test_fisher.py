@@ -163,6 +163,24 @@ def test_a_table_counts_as_look_ups_and_as_logits(cases, close):
   close(found.inputs, jnp.bincount(tokens, length=9) / len(tokens))
 
 
+def test_a_table_of_logits_alone_has_moments(close):
+  class Head(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+      return maestro.nn.Embed(5, 3, name="head").attend(x)
+
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+  params = Head().init(jax.random.key(0), x)["params"]
+  layers = maestro.layers(Head(), x)
+  found = fisher.moments(Head(), {"params": params}, [x], layers, key=KEY)
+  z = jax.random.normal(jax.random.fold_in(KEY, 0), (4, 5), jnp.float32)
+  z = z - jnp.mean(z, axis=-1, keepdims=True)
+  close(found["head"].weighted, jnp.sum(x * x, -1) @ (z * z), 1e-4)
+  strength = jnp.sum(z * z, axis=-1, keepdims=True)
+  close(found["head"].outputs, (strength * x).T @ x, 1e-4)
+  assert not np.any(found["head"].inputs)
+
+
 def test_reordering_changes_no_output(case, close):
   layers = selected(case)
   ranks = case.ranks("half")
