@@ -377,6 +377,24 @@ def jit():
 
 
 @pytest.fixture
+def counted():
+  """Wraps a function so that `times` says how often it was called: traced.
+
+  A jitted function's own cache may be emptied by all that a process compiles.
+  """
+
+  def wrap(f):
+    def wrapped(*args, **kwargs):
+      wrapped.times += 1
+      return f(*args, **kwargs)
+
+    wrapped.times = 0
+    return wrapped
+
+  return wrap
+
+
+@pytest.fixture
 def close():
   """Compares trees to 1e-5 of each leaf's largest number; shapes exactly."""
 

@@ -40,6 +40,8 @@ class ViT(linen.Module):
 
   @linen.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    if x.ndim != 4:
+      raise ValueError(f"ViT takes images [b, h, w, c], not {x.shape}")
     if x.shape[1] % self.patch or x.shape[2] % self.patch:
       raise UserError(
         f"config.model.patch: images of {x.shape[1]} x {x.shape[2]} pixels"

@@ -278,13 +278,6 @@ def make_training(
     prefer = ops.prefer(implementation, mesh=mesh, rows=BATCH)
     return make_dispatch(prefer(step), steps)
 
-  def initial() -> tuple[Tree, Tree]:
-    if c.init_from is None:
-      return random()
-    if c.init_from.endswith(stored.SUFFIX):
-      return stored.read(c.init_from, model, facts.example, layers)
-    return start.trained(c.init_from, layers, shapes["params"])
-
   return Training(
     mesh=mesh,
     placement=placement,
@@ -300,7 +293,11 @@ def make_training(
     # A backward pass is taken as two forward passes.
     macs_per_example=6 if c.full_pass and not method.nested else 3,
     taught=bool(c.full_pass and method.nested),
-    initial=initial,
+    initial=(
+      functools.partial(_stored, c.init_from, model, facts, layers, shapes)
+      if c.init_from
+      else random
+    ),
     new_state=functools.partial(
       new_state, c.seed, c.loss, averages=c.ema is not None
     ),
@@ -324,6 +321,19 @@ def make_training(
       seed=c.seed,
     ),
   )
+
+
+def _stored(
+  source: str,
+  model: Any,
+  facts: Facts,
+  layers: Mapping[str, LayerSpec],
+  shapes: Tree,
+) -> tuple[Tree, Tree]:
+  """Dense params, and batch_stats, of a file or of another run's workdir."""
+  if source.endswith(stored.SUFFIX):
+    return stored.read(source, model, facts.example, layers)
+  return start.trained(source, layers, shapes["params"])
 
 
 def _check_fit(c: Config, model: Any, facts: Facts, targets: Any) -> None:

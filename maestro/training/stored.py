@@ -35,6 +35,9 @@ def read(
   """
   try:
     tensors = pytorch.read_file(path)
+  except pytorch.WeightsError as error:  # which names the file
+    raise ConfigError(f"config.init_from: {error}") from error
+  try:
     if any(name.startswith("params/") for name in tensors):
       variables = _own(tensors, layers, pytorch.shapes_of(model, example))
     else:
