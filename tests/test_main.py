@@ -296,7 +296,7 @@ def test_every_shipped_config_builds(path, variant, method):
   layers = nn.layers(model, x)
   sections = {p: getattr(c, p).schedule for p in ("discover", "settle")}
   schedule = optim.make_schedule(sections, clock_of(c, steps))
-  tx = optim.make(c.optimizer, schedule)
+  tx = optim.make(c.optimizer, schedule, layers)
 
   def initial(key):
     params = model.init(key, jax.numpy.zeros(x.shape, x.dtype))["params"]

@@ -26,11 +26,13 @@ class Attention(linen.Module):
   Attributes:
     width: of its inputs and outputs, a multiple of `heads`.
     heads: of width / heads features each.
+    rotary: whether queries and keys are turned by their positions (`rotate`).
     dtype: of the computation.
   """
 
   width: int
   heads: int
+  rotary: bool = False
   dtype: str | None = None
 
   def setup(self):
@@ -39,17 +41,28 @@ class Attention(linen.Module):
         f"config.model.heads: {self.heads} heads do not divide"
         f" config.model.width={self.width}"
       )
+    if self.rotary and self.width // self.heads % 2:
+      raise UserError(
+        "config.model.positions: 'rotary' turns pairs of features; heads of"
+        f" {self.width // self.heads} have an odd one: change"
+        f" config.model.width={self.width} or config.model.heads={self.heads}"
+      )
     dense = functools.partial(
       nn.Dense, self.width, kernel_init=_INIT, dtype=self.dtype
     )
     self.query, self.key, self.value = dense(), dense(), dense()
     self.out = dense()
 
-  def memory(self, source: jax.Array | None) -> dict[str, jax.Array]:
-    """What can be attended to: [b, s, width] -> k, v of [b, s, heads, d]."""
+  def memory(
+    self, source: jax.Array | None, at: Any = 0
+  ) -> dict[str, jax.Array]:
+    """What can be attended to: [b, s, width] -> k, v of [b, s, heads, d].
+
+    The first of `source` is the `at`-th token.
+    """
     assert source is not None  # a crossed block is given one
     return {
-      "k": self._split(self.key(source)),
+      "k": self._turn(self._split(self.key(source)), at),
       "v": self._split(self.value(source)),
     }
 
@@ -58,15 +71,19 @@ class Attention(linen.Module):
     x: jax.Array,
     memory: dict[str, jax.Array],
     mask: jax.Array | None,
+    at: Any = 0,
   ) -> jax.Array:
     """Attends from x [b, t, width] to what `memory` gave, [b, t, width].
 
     mask: bool [b or 1, 1, t or 1, s], where True is attended to.
+    at: position of the first of x.
     """
-    y = jax.nn.dot_product_attention(
-      self._split(self.query(x)), memory["k"], memory["v"], mask=mask
-    )
+    q = self._turn(self._split(self.query(x)), at)
+    y = jax.nn.dot_product_attention(q, memory["k"], memory["v"], mask=mask)
     return self.out(y.reshape(x.shape))
+
+  def _turn(self, x: jax.Array, at: Any) -> jax.Array:
+    return rotate(x, at) if self.rotary else x
 
   def _split(self, x: jax.Array) -> jax.Array:
     return x.reshape((*x.shape[:-1], self.heads, -1))
@@ -101,6 +118,7 @@ class Block(linen.Module):
     heads: of the attention.
     hidden: width between the two layers of the feed-forward part.
     crossed: whether it attends to a memory, as a decoder of translations does.
+    rotary: whether its self-attention knows positions by `rotate`.
     activation: a key of ACTIVATIONS.
     norm: "pre" or "post", where layer norm stands.
     dropout: rate on what each part adds.
@@ -112,6 +130,7 @@ class Block(linen.Module):
   heads: int
   hidden: int
   crossed: bool = False
+  rotary: bool = False
   activation: str = "relu"
   norm: str = "pre"
   dropout: float = 0.0
@@ -125,7 +144,8 @@ class Block(linen.Module):
     norm = functools.partial(
       linen.LayerNorm, epsilon=self.epsilon, dtype=self.dtype
     )
-    self.attention, self.attention_norm = attention(), norm()
+    self.attention = attention(rotary=self.rotary)
+    self.attention_norm = norm()
     if self.crossed:
       self.cross, self.cross_norm = attention(), norm()
     self.feed_forward = FeedForward(
@@ -192,11 +212,11 @@ class Block(linen.Module):
       new.update(
         {
           k: jax.lax.dynamic_update_slice_in_dim(own[k], a, at, 1)
-          for k, a in self.attention.memory(y).items()
+          for k, a in self.attention.memory(y, at).items()
         }
       )
       seen = jnp.arange(own["k"].shape[1]) <= at
-      return self.attention(y, new, seen[None, None, None])
+      return self.attention(y, new, seen[None, None, None], at)
 
     def cross(y):
       return self.cross(y, cache["source"], source_mask)
@@ -314,13 +334,31 @@ def unstack(tree: Any) -> Any:
   return new
 
 
+def rotate(x: jax.Array, start: Any = 0) -> jax.Array:
+  """Turns features [b, t, heads, d] by the positions of t, from `start` on.
+
+  Features i and i + d / 2 are a plane's, turned by position / 10000^(2 i / d):
+  products of queries and keys then depend on how far these are apart (rotary
+  embedding, Su et al., 2021, equation 34).
+  """
+  angles = _angles(x.shape[1], x.shape[-1], start)[None, :, None]
+  cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
+  a, b = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
 def sinusoids(length: int, width: int, start: Any = 0) -> jax.Array:
   """Positional encoding [length, width] of section 3.5, from `start` on."""
-  at = jnp.asarray(start + jnp.arange(length), jnp.float32)
-  rates = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  angles = jnp.outer(at, rates)
+  angles = _angles(length, width, start)
   table = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
   return table.reshape((length, -1))[:, :width]
+
+
+def _angles(length: int, width: int, start: Any) -> jax.Array:
+  """Position times 10000^(-2 i / width): [length, width / 2, rounded up]."""
+  at = jnp.asarray(start + jnp.arange(length), jnp.float32)
+  rates = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+  return jnp.outer(at, rates)
 
 
 def causal(length: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """A decoder-only Transformer: a language model (Radford et al., 2019)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as linen
 import jax
@@ -21,13 +21,15 @@ class GPT(linen.Module):
 
   Attributes:
     num_classes: V, size of the vocabulary.
-    length: of the table of positions: the longest input.
+    length: the longest input.
     layers: blocks.
     width: of embeddings and blocks; feed-forward parts are four times as wide.
     heads: of each attention.
     dropout: rate on embeddings, and on what each part of a block adds.
     scan: whether the blocks are a scan, with stacked parameters.
     dtype: of the computation; None is float32. Parameters stay float32.
+    positions: "table", learned and added to the embeddings, or "rotary": each
+      attention turns its queries and keys (Su et al., 2021).
   """
 
   num_classes: Count
@@ -38,18 +40,22 @@ class GPT(linen.Module):
   dropout: Rate = 0.1
   scan: bool = False
   dtype: str | None = None
+  positions: Literal["table", "rotary"] = "table"
 
   def setup(self):
     init = linen.initializers.normal(0.02)
     self.embed = nn.Embed(
       self.num_classes, self.width, dtype=self.dtype, embedding_init=init
     )
-    self.positions = self.param("positions", init, (self.length, self.width))
+    if self.positions == "table":
+      shape = (self.length, self.width)
+      self.table = self.param("positions", init, shape)
     options = {
       "width": self.width,
       "heads": self.heads,
       "hidden": 4 * self.width,
       "activation": "gelu",
+      "rotary": self.positions == "rotary",
       "dropout": self.dropout,
       "dtype": self.dtype,
     }
@@ -65,7 +71,8 @@ class GPT(linen.Module):
         " tokens; raise it, or lower config.data.length"
       )
     y = self.embed(x)
-    y += self.positions[None, :length].astype(y.dtype)
+    if self.positions == "table":
+      y += self.table[None, :length].astype(y.dtype)
     y = self.drop(y, deterministic=not train)
     y = self.blocks(y, causal(length), train=train)
     return self.embed.attend(self.norm(y))
@@ -79,7 +86,8 @@ class GPT(linen.Module):
   ) -> tuple[jax.Array, Any]:
     """Reads token `at` [b] of each text -> (logits [b, V], cache)."""
     y = self.embed(tokens[:, None])
-    row = jax.lax.dynamic_slice_in_dim(self.positions, at, 1)
-    y += jnp.asarray(row, y.dtype)[None]
+    if self.positions == "table":
+      row = jax.lax.dynamic_slice_in_dim(self.table, at, 1)
+      y += jnp.asarray(row, y.dtype)[None]
     y, cache = self.blocks.step(y, cache, at)
     return self.embed.attend(self.norm(y))[:, 0], cache

@@ -200,7 +200,7 @@ def check(c: Config, devices: Sequence[Any] | None = None) -> None:
   for name in PHASES:  # whether a warm-up fits, only the data can tell
     if length_of(c, name).value:
       optim.bind_schedule(name, getattr(c, name).schedule)
-  optim.make(c.optimizer, optax.constant_schedule(0.0))
+  optim.make(c.optimizer, optax.constant_schedule(0.0), {})
 
 
 def make_training(
@@ -246,7 +246,7 @@ def make_training(
   @functools.cache
   def optimizer(discover: int):
     schedule = _schedule(c, clock, discover)
-    tx = optim.make(c.optimizer, schedule)
+    tx = optim.make(c.optimizer, schedule, layers)
     return schedule, method.optimizer(tx, schedule, discover)
 
   @functools.cache

@@ -15,7 +15,9 @@ from maestro import lowrank, schema, trees
 from maestro.errors import UserError
 from maestro.methods import prox
 from maestro.schema import ConfigError, Positive, Range, Share, Weight
+from maestro.training import muon as muon_lib
 from maestro.training.durations import Clock, Duration
+from maestro.trees import LayerSpec
 
 
 class OptimizerError(UserError):
@@ -259,6 +261,38 @@ def lion(
   return (optax.lion(schedule, b1=b1, b2=b2, **decay),)
 
 
+def muon(
+  schedule: optax.Schedule,
+  decayed: Mask,
+  layers: Mapping[str, LayerSpec],
+  *,
+  beta: Beta = 0.95,
+  nesterov: bool = True,
+  adam_rate: Weight = 1.0,
+  b1: Beta = 0.9,
+  b2: Beta = 0.95,
+  eps: Weight = 1e-8,
+  weight_decay: Weight = 0.0,
+) -> Parts:
+  """Muon for kernels and factors, Adam for all else; decay is beside both.
+
+  `beta` is Muon's momentum, see `maestro.training.muon`. The rest, with tables,
+  biases and norms, has Adam's steps, at `adam_rate` of the learning rate.
+  """
+  matrices = optax.chain(
+    optax.trace(beta, nesterov=nesterov), muon_lib.orthogonalize(layers)
+  )
+  rest = optax.chain(
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps), optax.scale(adam_rate)
+  )
+  split = functools.partial(muon_lib.split, layers=layers)
+  return (
+    optax.partition({"matrices": matrices, "rest": rest}, split),
+    *_l2(weight_decay, decayed),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
 def _l2(weight_decay: float, decayed: Mask) -> Parts:
   decay = optax.add_decayed_weights(weight_decay, decayed)
   return (decay,) if weight_decay else ()
@@ -268,12 +302,15 @@ OPTIMIZERS: dict[str, Callable[..., Parts]] = {
   "adam": adam,
   "adamw": adamw,
   "lion": lion,
+  "muon": muon,
   "sgd": sgd,
 }
 
 
 def make(
-  section: Mapping[str, Any], schedule: optax.Schedule
+  section: Mapping[str, Any],
+  schedule: optax.Schedule,
+  layers: Mapping[str, LayerSpec],
 ) -> optax.GradientTransformation:
   """Builds config.optimizer: a name in OPTIMIZERS and its options.
 
@@ -282,15 +319,15 @@ def make(
   bounds the global norm of the gradients; `decay_paths` is a regular expression
   of the parameters that weight_decay acts on, matched in full against their
   slash-joined paths (".*", all of them; r".*(kernel|u|v)" leaves out biases and
-  norms).
+  norms). `layers` tells Muon what is a matrix.
 
   Raises:
     ConfigError: unknown name or option, or one out of range.
   """
   where = "config.optimizer"
-  if section.get("name") in ("adafactor", "muon"):
+  if section.get("name") == "adafactor":
     raise ConfigError(
-      f"{where}.name: the state of {section['name']!r} does not mirror the"
+      f"{where}.name: the state of 'adafactor' does not mirror the"
       " parameters, so it cannot be truncated with them; use one of"
       f" {sorted(OPTIMIZERS)}"
     )
@@ -299,7 +336,8 @@ def make(
   }
   own = {key: value for key, value in section.items() if key not in common}
   options = _Common(**schema.bind(_Common, common, where))
-  function = schema.make(OPTIMIZERS, own, where, ("schedule", "decayed"))
+  given = ("schedule", "decayed", "layers")
+  function = schema.make(OPTIMIZERS, own, where, given)
   try:
     pattern = re.compile(options.decay_paths)
   except re.error as error:
@@ -307,6 +345,8 @@ def make(
       f"{where}.decay_paths: {options.decay_paths!r} is no regular expression:"
       f" {error}"
     ) from error
+  if own["name"] == "muon":
+    function = functools.partial(function, layers=layers)
   parts = function(schedule, functools.partial(_decayed, pattern))
   if options.clip_norm is not None:
     parts = (optax.clip_by_global_norm(options.clip_norm), *parts)

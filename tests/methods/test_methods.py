@@ -110,7 +110,7 @@ def bound(c, params):
 def make_optimizer(c, schedule, discover_steps):
   """The optimizer of a parsed config, for any parameters."""
   _, lams = binding.weights(c.method, build.settings(c))
-  tx = optim.make(c.optimizer, schedule)
+  tx = optim.make(c.optimizer, schedule, {})
   return binding.wrap_optimizer(
     c.method, {"kind": c.lasso}, lams, None, 0.9, tx, schedule, discover_steps
   )

@@ -12,7 +12,7 @@ from maestro import lowrank, models, sampling
 from maestro.cost import count as cost
 from maestro.errors import UserError
 from maestro.lowrank import Rule
-from maestro.models.attention import unstack
+from maestro.models.attention import rotate, unstack
 
 WORDS = 11
 SMALL = {"layers": 2, "width": 8, "heads": 2}
@@ -33,6 +33,7 @@ NETWORKS = {
   "pre-norm": (TRANSFORMER(norm="pre"), TOKENS),
   "scanned transformer": (TRANSFORMER(scan=True), TOKENS),
   "gpt": (GPT(), TOKENS[:, 1]),
+  "rotary gpt": (GPT(positions="rotary"), TOKENS[:, 1]),
   "scanned gpt": (GPT(scan=True), TOKENS[:, 1]),
   "vit": (VIT(), IMAGES),
   "scanned vit": (VIT(scan=True), IMAGES),
@@ -133,7 +134,7 @@ def test_factored_networks_cost_what_their_shapes_say(name, fraction):
 
 # What a scan does is tested against the blocks one by one, below.
 @pytest.mark.parametrize(
-  "name", ["scanned transformer", "pre-norm", "gpt", "vit"]
+  "name", ["scanned transformer", "pre-norm", "gpt", "rotary gpt", "vit"]
 )
 def test_every_form_of_ranks_is_the_same_network(name, close):
   model, x, layers, dense = made(name)
@@ -185,7 +186,7 @@ def test_a_scan_of_blocks_is_the_blocks(name, close):
   )
 
 
-@pytest.mark.parametrize("name", ["pre-norm", "gpt"])
+@pytest.mark.parametrize("name", ["pre-norm", "gpt", "rotary gpt"])
 def test_token_by_token_is_all_at_once(name, close):
   model, x, _, _ = made(name)
   params, _, ranks = factored(name)
@@ -219,6 +220,27 @@ def test_nothing_is_seen_of_what_comes_later(name):
   assert np.all(row[: at + 1] != 0)
   np.testing.assert_array_equal(found[0, : at + 1], want[0, : at + 1])
   assert np.any(found[0, at + 1 :] != want[0, at + 1 :])
+
+
+def test_rotated_products_know_how_far_and_not_where(close):
+  q, k = np.random.default_rng(0).normal(size=(2, 6))
+  at = np.arange(9)
+
+  def product(i, j):
+    turned = [
+      rotate(jnp.asarray(x, jnp.float32)[None, None, None], p)[0, 0, 0]
+      for x, p in ((q, i), (k, j))
+    ]
+    return float(turned[0] @ turned[1])
+
+  # Features i and i + 3 as complex numbers, equation 34.
+  rates = 10_000.0 ** (-np.arange(3) / 3)
+  pairs = (q[:3] + 1j * q[3:]) * np.conj(k[:3] + 1j * k[3:])
+  want = [np.sum(pairs * np.exp(-1j * n * rates)).real for n in at]
+  close([product(0, n) for n in at], want)
+  close([product(n, 2 * n) for n in at], want)
+  many = jnp.broadcast_to(jnp.asarray(q, jnp.float32), (1, 9, 1, 6))
+  close(rotate(many)[:, 4:], rotate(many[:, 4:], 4))
 
 
 def test_padding_changes_nothing_and_has_no_logits(close):
@@ -260,5 +282,8 @@ def test_options_that_do_not_fit_are_named():
     nn.layers(models.GPT(WORDS, width=8, heads=3), TOKENS[:, 1])
   with pytest.raises(UserError, match=r"model\.length: 5 positions"):
     nn.layers(models.GPT(WORDS, 5, **SMALL), TOKENS[:, 1])
+  with pytest.raises(UserError, match=r"model\.positions: 'rotary'.* of 3"):
+    odd = models.GPT(WORDS, width=6, heads=2, positions="rotary")
+    nn.layers(odd, TOKENS[:, 1])
   with pytest.raises(UserError, match=r"model\.patch: images of 8 x 8"):
     nn.layers(VIT(patch=3), IMAGES)

@@ -99,6 +99,14 @@ OPTIMIZERS = {
     ),
     3,
   ),
+  "muon": (
+    lambda: optim.make(
+      {"name": "muon", "weight_decay": 0.1},
+      optax.constant_schedule(0.01),
+      nn.layers(MODEL, problem()[0]),
+    ),
+    3,
+  ),
   "multi_steps": (lambda: optax.MultiSteps(optax.adam(0.01), 2), 4),
   "schedule_free": (
     lambda: contrib.schedule_free(optax.sgd(0.05), 0.05, b1=0.9),
@@ -399,7 +407,7 @@ def test_a_bad_schedule_option_is_named(section, key):
 
 
 def first_update(section, params, grads):
-  tx = optim.make(section, optax.constant_schedule(1.0))
+  tx = optim.make(section, optax.constant_schedule(1.0), {})
   return tx.update(grads, tx.init(params), params)[0]
 
 
@@ -432,7 +440,7 @@ def test_weight_decay_of_adamw_is_decoupled():
     ({"name": "sdg"}, "optimizer.name.*sgd"),
     ({}, "optimizer.name"),
     ({"name": "adafactor"}, "optimizer.name.*adafactor.*sgd"),
-    ({"name": "muon"}, "optimizer.name.*muon"),
+    ({"name": "muon", "momentum": 0.9}, "optimizer.momentum"),
     ({"name": "sgd", "momentun": 0.9}, "optimizer.momentun.*momentum"),
     ({"name": "sgd", "nesterov": 1}, "optimizer.nesterov"),
     ({"name": "adam", "b1": "0.9"}, "optimizer.b1"),
@@ -448,7 +456,7 @@ def test_weight_decay_of_adamw_is_decoupled():
 )
 def test_a_bad_optimizer_option_is_named(section, message):
   with pytest.raises(ConfigError, match=message):
-    optim.make(section, optax.constant_schedule(0.1))
+    optim.make(section, optax.constant_schedule(0.1), {})
 
 
 # What a section does not say is what stands here, not what optax thinks of.
@@ -457,6 +465,7 @@ PLAIN = {
   "adam": lambda rate: optax.adam(rate, b1=0.9, b2=0.999, eps=1e-8),
   "adamw": lambda rate: optax.adamw(rate, weight_decay=0.0),
   "lion": lambda rate: optax.lion(rate, b1=0.9, b2=0.99, weight_decay=0.0),
+  "muon": lambda rate: optax.adam(rate, b1=0.9, b2=0.95, eps=1e-8),
 }
 
 
