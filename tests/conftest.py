@@ -1,6 +1,7 @@
 """Sets up JAX for the tests and holds the small models that they share."""
 
 import atexit
+import collections
 import os
 import shutil
 import sys
@@ -58,6 +59,40 @@ from maestro.lowrank import Rule  # noqa: E402
 
 # Parameters of tests may have wrong types; these are made while collecting.
 jaxtyping.config.update("jaxtyping_disable", True)
+
+
+def pytest_addoption(parser):
+  """`--cases`: the quick suite, what it leaves out, or both."""
+  parser.addoption(
+    "--cases",
+    choices=("quick", "rest", "all"),
+    default="quick",
+    help="of tests marked quick(n): n cases of each, spread over all that there"
+    " are; the others; or all. What is asked for by name (-k, ::) is all run.",
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves the cases that `--cases` asks for."""
+  named = config.option.keyword or any("::" in a for a in config.args)
+  cases = config.getoption("cases")
+  if cases == "all" or (cases == "quick" and named):
+    return
+  groups, slow = collections.defaultdict(list), set()
+  for item in items:
+    if item.get_closest_marker("slow"):  # -m tells of these
+      slow.add(item)
+    else:
+      groups[item.path, getattr(item, "originalname", item.name)].append(item)
+  quick = set()
+  for group in groups.values():
+    mark = group[0].get_closest_marker("quick")
+    n = len(group) if mark is None else min(mark.args[0], len(group))
+    quick |= {group[i * len(group) // n] for i in range(n)}
+  left = quick if cases == "quick" else {*items} - quick
+  left |= slow
+  config.hook.pytest_deselected(items=[i for i in items if i not in left])
+  items[:] = [item for item in items if item in left]
 
 
 def pytest_collection_finish():

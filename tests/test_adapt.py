@@ -552,6 +552,7 @@ def _counts(foreign, params):
   assert counted > 0
 
 
+@pytest.mark.quick(1)
 def test_what_can_be_factored_is_listed_and_all_is_counted(foreign):
   resolved = lowrank.resolve(foreign.rules, foreign.layers)
   assert {p for p, r in resolved.items() if r} == set(foreign.factored)
@@ -561,6 +562,7 @@ def test_what_can_be_factored_is_listed_and_all_is_counted(foreign):
   _counts(foreign, foreign.variables["params"])
 
 
+@pytest.mark.quick(3)
 def test_ranks_are_mask_merge_and_the_model(foreign, jit, close_to):
   """Values and gradients, at ranks that are traced: one compilation.
 
@@ -605,6 +607,7 @@ def _joined(tree):
   return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
+@pytest.mark.quick(2)
 def test_every_rank_is_read(foreign):
   variables = {**foreign.variables, "params": foreign.params}
   keys = {"rngs": foreign.keys} if foreign.rngs else {}
@@ -643,6 +646,7 @@ def _decomposed(model, x=X, rules=ALL):
 KEY = jax.random.key(0)
 
 
+@pytest.mark.quick(0)
 def test_dense_it_is_the_model_with_its_random_numbers():
   model, inputs = ViT(), (_numbers(2, 4, 4, 3),)
   keys = {"params": KEY, "dropout": jax.random.key(1)}
@@ -658,6 +662,7 @@ def test_dense_it_is_the_model_with_its_random_numbers():
   jax.tree.map(np.testing.assert_array_equal, plain, adapted)
 
 
+@pytest.mark.quick(1)
 def test_a_decomposed_model_is_the_model(close):
   model = maestro.factored(Net(lambda x: nn.Dense(3)(nn.Dense(5)(x))))
   _, dense, params, _ = _decomposed(model)
@@ -707,6 +712,7 @@ def test_ranks_are_no_parameters_to_the_model(close):
   assert variables["ranks"] == ranks
 
 
+@pytest.mark.quick(1)
 def test_other_methods_and_bound_modules_read_factors(close):
   foreign = FOREIGN["vae"]
   variables = {"params": foreign.params, "ranks": foreign.half}
@@ -779,6 +785,7 @@ def test_mutable_parameters_come_back_as_they_went_in():
   assert state.keys() == {"batch_stats"}
 
 
+@pytest.mark.quick(1)
 def test_frozen_half_precision_parameters(close):
   model = maestro.factored(
     Net(lambda x: nn.Dense(5, dtype=jnp.bfloat16, name="fc")(x))
@@ -792,6 +799,7 @@ def test_frozen_half_precision_parameters(close):
   close(y, wanted, 2e-2)
 
 
+@pytest.mark.quick(1)
 def test_a_kernel_beside_factors_is_added_once(close):
   model = maestro.factored(
     Net(lambda x: maestro.nn.Dense(5, name="b")(nn.Dense(4, name="a")(x)))
@@ -805,6 +813,7 @@ def test_a_kernel_beside_factors_is_added_once(close):
   )
 
 
+@pytest.mark.quick(0)
 def test_batch_norm_over_an_axis_of_vmap(close):
   """Training, statistics and all, as replicas do it."""
   foreign = FOREIGN["resnet"]
@@ -863,6 +872,7 @@ def _read(x):
   return layer(x) @ layer.variables["params"]["kernel"]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
   ("function", "path"),
   [
@@ -894,6 +904,7 @@ def _transposed(x):
   return layer(6, name="transposed")(x)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("function", "path"),
   [
@@ -977,6 +988,7 @@ def test_ranks_that_do_not_fit_are_errors(ranks, message):
     model.apply({"params": params, "ranks": ranks}, X)
 
 
+@pytest.mark.quick(1)
 def test_layers_of_nnx_run_and_stay_dense():
   model = maestro.factored(nnx.bridge.to_linen(nnx.Linear, 6, 4))
   params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}

@@ -120,6 +120,7 @@ def test_what_a_clock_measures_is_no_difference(runs):
   assert not list(chaos.differences(*runs))
 
 
+@pytest.mark.quick(0)
 def test_a_few_disturbances_leave_no_trace(tmp_path):
   config = tmp_path / "config.py"
   config.write_text(

@@ -42,6 +42,7 @@ def command(monkeypatch, capsys):
   return run
 
 
+@pytest.mark.quick(1)
 def test_what_does_not_fit_exits_with_1_and_names_the_knob(command, tmp_path):
   code, out, _ = command(
     f"--config={CONFIG}",

@@ -145,6 +145,7 @@ def test_attention_is_a_line_beside_its_projections():
   assert sum(params for _, params in rows.values()) == cost.params
 
 
+@pytest.mark.quick(1)
 def test_what_cannot_be_factored_is_left_dense_and_counts():
   def function(x):
     return nn.Dense(3)(flax.linen.ConvTranspose(4, (3,))(x))
@@ -160,6 +161,7 @@ def test_what_cannot_be_factored_is_left_dense_and_counts():
     lowrank.decompose(params, [Rule("Conv_0")], layers)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
   ("name", "inputs", "macs"),
   [
@@ -230,6 +232,7 @@ ALTERED = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ALTERED)
 def test_a_kernel_that_the_model_changes_is_not_factored(name):
   def function(x):
@@ -309,6 +312,7 @@ def _scan(passed):
   )(6)(x, None)[0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("make", [_rnn, _vmap, _scan])
 def test_a_rank_is_obeyed_or_missed_aloud(make, close):
   x = jnp.cos(jnp.arange(84.0)).reshape(2, 7, 6)
@@ -348,6 +352,7 @@ def names(tree):
   )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   "box", [flax.linen.Partitioned, flax.linen.LogicallyPartitioned]
 )

@@ -4,6 +4,8 @@ import ast
 import functools
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -242,3 +244,56 @@ def test_files_and_functions_are_of_a_size_to_be_read(path):
   assert len(text.splitlines()) <= 500
   for name, lines in _functions(ast.parse(text)):
     assert lines <= 120, name
+
+
+@pytest.mark.quick(0)
+def test_the_quick_suite_and_the_rest_are_all(tmp_path):
+  conftest = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+  (tmp_path / "conftest.py").write_text(conftest, encoding="utf-8")
+  (tmp_path / "test_cases.py").write_text(
+    """
+import pytest
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("i", range(5))
+def test_some(i): pass
+
+@pytest.mark.quick(9)
+@pytest.mark.parametrize("i", range(3))
+def test_more_than_there_are(i): pass
+
+@pytest.mark.quick(0)
+def test_none(): pass
+
+def test_every(): pass
+
+@pytest.mark.slow
+def test_slow(): pass
+"""
+  )
+
+  def collected(*args):
+    command = [sys.executable, "-m", "pytest", "--collect-only"]
+    command += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={tmp_path}"]
+    done = subprocess.run(
+      [*command, *args],
+      cwd=tmp_path,
+      capture_output=True,
+      text=True,
+    )
+    names = [s.split("::")[1] for s in done.stdout.splitlines() if "::" in s]
+    assert names, done.stdout + done.stderr
+    return [name.removeprefix("test_") for name in names]
+
+  here = str(tmp_path)
+  quick = collected(here)
+  some = ["some[0]", "some[2]"]
+  more = [f"more_than_there_are[{i}]" for i in range(3)]
+  assert quick == [*some, *more, "every"]
+  rest = ["some[1]", "some[3]", "some[4]", "none"]
+  assert collected(here, "--cases=rest") == rest
+  assert sorted(collected(here, "--cases=all")) == sorted(quick + rest)
+  # What is asked for by name is not left out.
+  assert collected(here, "-k", "none") == ["none"]
+  assert collected(f"{here}/test_cases.py::test_some[1]") == ["some[1]"]
+  assert collected(here, "-m", "slow") == ["slow"]

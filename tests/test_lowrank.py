@@ -557,6 +557,7 @@ def test_nan_shows_in_penalty_importance_and_ranks():
     assert int(kept["fc"]["rank"]) == 4
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("true_rank", [0, 1, 3])
 @pytest.mark.parametrize("lead", [(), (2,)], ids=str)
 def test_components_of_nothing_can_learn(true_rank, lead):
@@ -628,6 +629,7 @@ def test_foreign_parameters_called_u_and_v_are_left_alone():
   assert float(lowrank.group_lasso(tree, ranks)) == float(alone)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
   "kernel",
   [jnp.ones((5, 5)), jnp.zeros((3, 4)), jnp.eye(4), jnp.diag(jnp.arange(4.0))],

@@ -272,6 +272,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("path", "variant"), CONFIGS, ids=[f"{p.stem}:{v}" for p, v in CONFIGS]
 )
@@ -348,6 +349,7 @@ def test_a_file_that_is_no_config_is_told():
   assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("name", SHAPES)
 def test_prepared_data_has_the_shape_that_configs_are_tested_with(name):
   if not (pathlib.Path(os.environ.get("TFDS_DATA_DIR", "")) / name).is_dir():

@@ -32,6 +32,7 @@ def _equations(jaxpr):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 def test_decomposed_equals_dense_at_full_rank(case, close):
   y, _, *dx = case.run("plain", case.dense)
   found, _, *found_dx = case.run("plain", case.factored)
@@ -45,6 +46,7 @@ def _cut(tree, like):
   )
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_truncated_form_equals_mask(case, jit, close, level):
   if case.name == "network" and level in ("full", 1):
@@ -114,6 +116,7 @@ def test_rank_zero_gives_exactly_the_bias(case, jit, form):
   assert y.shape == shape
 
 
+@pytest.mark.quick(4)
 def test_kernel_and_factors_add_up(case, jit, close):
   if case.name == "embed_tied":
     pytest.skip("covered by embed and embed_attend")
@@ -203,6 +206,7 @@ PRECISE = {"precision": "highest"}
 NO_BIAS = {"use_bias": False}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.mixed_types
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("options", [HALF, HALF_PARAMS, PRECISE, NO_BIAS])

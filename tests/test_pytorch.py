@@ -73,6 +73,7 @@ def _dense(name):
   return jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_there_and_back_is_the_identity(name):
   model, shape = NETWORKS[name]

@@ -379,6 +379,7 @@ def test_default_workdir(fake, command, monkeypatch, tmp_path):
   assert (tmp_path / "runs/digits_od_maestro,smoke_search/search.json").exists()
 
 
+@pytest.mark.quick(0)
 def test_digits_end_to_end(command, monkeypatch, tmp_path, capsys):
   # Programs that both runs share are compiled once: half the time.
   monkeypatch.setattr(search.jax, "clear_caches", lambda: None)

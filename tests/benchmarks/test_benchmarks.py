@@ -90,6 +90,7 @@ def _size(tree):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_plain_peer_has_our_parameters(name):
   options = NETWORKS[name].options
@@ -101,6 +102,7 @@ def test_the_plain_peer_has_our_parameters(name):
   )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_plain_peer_is_our_function(name, close, jit):
   options = _options(name, 4)
@@ -217,6 +219,7 @@ def measure(monkeypatch, jit):
   return measure
 
 
+@pytest.mark.quick(0)
 def test_a_step_is_measured_in_every_form(measure, tmp_path):
   forms = [form for form in train_step.FORMS if form not in train_step.TORCH]
   rows = measure(forms, batch_size=4)
@@ -256,6 +259,7 @@ def test_a_step_is_measured_in_every_form(measure, tmp_path):
     train_step.figure(lone, tmp_path / "none.png")
 
 
+@pytest.mark.quick(1)
 def test_several_steps_per_dispatch_in_half_precision(measure):
   rows = measure(
     ["plain", "factored"],
@@ -413,6 +417,7 @@ def test_a_whole_run_from_the_command_line(tmp_path):
     assert row[seconds[0]] < row[seconds[1]] < row[seconds[2]]
 
 
+@pytest.mark.quick(0)
 def test_deployed_measures_what_its_rows_say():
   rows = deployed.measure("lenet", [0.5], repeats=1, latency=0.9, multiple_of=1)
   by_form = {row["form"]: row for row in rows}
@@ -444,6 +449,7 @@ def test_floors_count_what_a_layer_must_do_and_move():
   assert rank1 == pytest.approx(2 * (2 * 6 * 4 + 8))
 
 
+@pytest.mark.quick(1)
 def test_products_measures_forms_that_are_what_they_say():
   limits = products.ceilings("float32", 16, 1024)
   assert min(limits.values()) > 0
@@ -467,6 +473,7 @@ def test_products_measures_forms_that_are_what_they_say():
   assert "switch d/8 of d/4" in products.table(rows)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("implementation", ["xla", "switch"])
 def test_a_rank_known_late_is_that_of_the_cut_layer(implementation):
   x = jax.random.normal(jax.random.key(0), (5, 8))
@@ -570,6 +577,7 @@ def test_a_part_ends_with_the_command_that_is_stopped(tmp_path, monkeypatch):
   assert started[0].poll() is not None
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   "name",
   [
@@ -606,6 +614,7 @@ def test_processes_meet_and_agree():
   assert "agree / differ" in lines[0] and f"{row['agree']:.3f}" in lines[2]
 
 
+@pytest.mark.quick(1)
 def test_a_state_is_saved_in_parts_by_real_processes():
   row = sharded_save.measure("parts", 16, 2)
   assert row["way"] == "parts" and row["processes"] == 2

@@ -42,6 +42,7 @@ def steps(c):
   return examples // c.batch_size
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_networks_are_those_of_the_paper(name):
   for arg in RECIPES:
@@ -234,6 +235,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.quick(1)
 def test_the_clock_stops_a_run_that_then_saves(tmp_path):
   clock = cifar10.Clock(minutes=4 / 60)  # at half of it, 2 s
   started = time.monotonic()
@@ -284,6 +286,7 @@ def test_a_long_limit_leaves_a_minute_to_save():
   assert 470 < left <= 480
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("arg", ["", "race", "short", "race,short", "smoke"])
 def test_resnet20_is_for_cpus_and_its_rate_is_one_line(arg):
   c = parse(get("resnet20_od", arg).to_dict())

@@ -116,6 +116,7 @@ def test_factored_lenet_by_hand(lenet):
   assert cost.bytes == 4 * cost.params
 
 
+@pytest.mark.quick(3)
 def test_counts_are_the_sizes_of_the_truncated_leaves(case):
   rng = np.random.default_rng(0)
   levels = [case.full, case.ranks(0), case.ranks(1)]

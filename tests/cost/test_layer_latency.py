@@ -148,6 +148,7 @@ def test_networks_have_the_form_that_extract_gives(cases):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
+@pytest.mark.quick(1)
 def test_what_stays_dense_is_shared():
   model = MLP(num_classes=10, features=(32, 32))
   x = jax.ShapeDtypeStruct((1, 16), "float32")

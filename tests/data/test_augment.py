@@ -67,6 +67,7 @@ def drawn(images, pad, n):
   return np.array([names[crop.tobytes()] for crop in out]), cases
 
 
+@pytest.mark.quick(1)
 def test_every_crop_and_flip_is_equally_likely():
   n, pad = 16_200, 4
   index, cases = drawn(pixels(1, 10, 10, 1), pad, n)
@@ -83,6 +84,7 @@ def test_every_crop_and_flip_is_equally_likely():
     assert np.abs(margin - expected).max() < 4.5 * spread
 
 
+@pytest.mark.quick(1)
 def test_examples_draw_on_their_own():
   # Neighbours in a batch share an offset as often as by chance: 1 in 9.
   n = 9_000
@@ -96,6 +98,7 @@ def test_examples_draw_on_their_own():
   assert np.abs(np.corrcoef(values) - np.eye(3)).max() < 5 / np.sqrt(n)
 
 
+@pytest.mark.quick(1)
 def test_the_key_decides_and_jit_changes_nothing():
   images = pixels(64)
   one = augment.pad_crop_flip(images, KEY)
@@ -106,6 +109,7 @@ def test_the_key_decides_and_jit_changes_nothing():
   assert same.mean() < 0.2  # 1 in 162 is expected
 
 
+@pytest.mark.quick(1)
 def test_a_split_batch_is_cropped_without_communication():
   mesh = make_mesh(MeshShape(data=4))
   split = NamedSharding(mesh, PartitionSpec("data"))
@@ -133,6 +137,7 @@ PREPROCESS = functools.partial(
 )
 
 
+@pytest.mark.quick(1)
 def test_only_a_key_augments():
   images = pixels(16)
   plain = jax.jit(PREPROCESS)(images)

@@ -268,6 +268,7 @@ def test_train_examples_are_checked(tmp_path, train_examples):
     )
 
 
+@pytest.mark.quick(1)
 def test_only_cifar10_augments_and_only_with_a_key(tmp_path):
   for name, shape in IMAGE_SETS.items():
     images = write_images(tmp_path, name, shape=shape)
@@ -337,6 +338,7 @@ def whole_set(name):
   return whole
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_whole_image_sets(name):
   whole = whole_set(name)
@@ -353,6 +355,7 @@ def test_whole_image_sets(name):
   assert abs(out.mean()) < 0.01 and abs(out.std() - 1) < 0.01
 
 
+@pytest.mark.quick(0)
 def test_whole_cifar10():
   whole = whole_set("cifar10")
   splits = (whole.train, whole.val, whole.test)

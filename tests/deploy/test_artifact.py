@@ -104,6 +104,7 @@ def flip(path, at):
   path.write_bytes(data)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", RANKS)
 def test_a_profile_is_the_extracted_network(template, close, name):
   out, params, layers = template
@@ -322,6 +323,7 @@ def test_an_export_is_replaced_and_nothing_else(directory):
   assert (directory / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.quick(2)
 def test_other_directories_are_not_overwritten(tmp_path):
   (tmp_path / "config.json").write_text('{"format": "other", "files": {}}')
   with pytest.raises(ArtifactError, match=r"config\.json"):

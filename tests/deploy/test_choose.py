@@ -163,6 +163,7 @@ def test_tables_equal_the_cost_of_the_extracted_network(case, kind):
   assert tables.dense == getattr(dense, kind)
 
 
+@pytest.mark.quick(2)
 def test_tables_of_adapters_count_the_kernel_that_stays():
   spec = {"fc": trees.LayerSpec("dense", (6,), (4,))}
   node = {
@@ -202,6 +203,7 @@ def test_candidates_are_below_break_even_or_whole(run):
 FRACTIONS = (0.9, 0.7, 0.5, 0.3, 0.15)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
   "kind, multiple_of", [("params", 4), *((kind, 1) for kind in COSTS)]
 )
@@ -245,6 +247,7 @@ def test_uniform_keeps_one_fraction(run):
     assert ranks == fits[-1]
 
 
+@pytest.mark.quick(1)
 def test_threshold_is_one_for_all_layers():
   tables = toy({"a": [0, 1, 2, 3], "b": [0, 1, 2], "c": [0, 1]})
   params = {
@@ -413,6 +416,7 @@ def test_grid_is_geometric_with_the_least_and_not_the_whole():
   assert rank_rules.grid_ranks(np.array([4]), np.arange(5), 6) == []
 
 
+@pytest.mark.quick(1)
 def test_losses_are_those_of_the_masked_network(run, dataset):
   options = allocate.Options(batch=600, seed=1)
   loss, quarter = allocate.Oracle(run, dataset, options).losses()
@@ -427,6 +431,7 @@ def test_losses_are_those_of_the_masked_network(run, dataset):
     assert value == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.quick(0)
 def test_losses_use_the_statistics_of_the_batch(run):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(24, 8, 8, 3)).astype(np.float32)
@@ -604,6 +609,7 @@ def test_bad_profile_file_is_refused(tmp_path, text, message):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 def test_rows_hold_cost_and_validation_scores(run, dataset, tmp_path):
   rows = allocate.allocate(
     run,
@@ -628,6 +634,7 @@ def test_rows_hold_cost_and_validation_scores(run, dataset, tmp_path):
   assert "latency_ms:0.9" in pareto.table(rows)
 
 
+@pytest.mark.quick(1)
 def test_command_line_answers_bad_input_in_one_line(tmp_path):
   def call(*args):
     return subprocess.run(

@@ -186,6 +186,7 @@ def relative(found, expected):
   return np.max(np.abs(np.asarray(found) - expected)) / scale
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   "name",
   [
@@ -247,6 +248,7 @@ QUICK = {*((name, level) for name in SMALL for level in LEVELS[1:])}
 QUICK.add(("resnet18", "zero"))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("name", "level"),
   [
@@ -287,6 +289,7 @@ def test_a_single_size_with_its_stablehlo(runs, name, level, jit, tmp_path):
   assert relative(hlo(x[:1]), masked[:1]) <= 1e-4  # any batch size
 
 
+@pytest.mark.quick(1)
 def test_stablehlo_runs_without_maestro(runs, tmp_path):
   run = runs("mlp")
   export.export(
@@ -314,6 +317,7 @@ def test_stablehlo_runs_without_maestro(runs, tmp_path):
   assert relative(np.load(tmp_path / "y.npy"), y) <= 1e-4
 
 
+@pytest.mark.quick(1)
 def test_the_card_says_how_to_load(runs, tmp_path, monkeypatch):
   run = runs("mlp")
   export.export(run, tmp_path / "one", options=FAST, **QUIET)
@@ -327,6 +331,7 @@ def test_the_card_says_how_to_load(runs, tmp_path, monkeypatch):
     assert word in card
 
 
+@pytest.mark.quick(0)
 def test_the_directory_describes_itself(runs, tmp_path):
   run = runs("resnet18")
   options = export.Options(repeats=2, stablehlo=False, keep_statistics=True)
@@ -387,6 +392,7 @@ def normed(digits):
   return make_run(Normed(), facts, {"name": "mlp"})
 
 
+@pytest.mark.quick(1)
 def test_statistics_are_computed_anew_for_each_size(normed, digits, tmp_path):
   sizes = [export.Size(level, cut(normed, level)) for level in LEVELS[:2]]
   config = export.export(
@@ -424,6 +430,7 @@ def test_statistics_are_computed_anew_for_each_size(normed, digits, tmp_path):
     assert profile["metrics"]["test"] == pytest.approx(metrics)
 
 
+@pytest.mark.quick(1)
 def test_data_is_needed_for_statistics_alone(normed, runs, tmp_path):
   size = export.Size("half", cut(normed, "half"))
   with pytest.raises(export.ExportError, match="--keep_statistics"):
@@ -467,6 +474,7 @@ def test_a_difference_above_the_tolerance_writes_nothing(runs, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["macs", "params"])
 @pytest.mark.parametrize("name", ["mlp", "resnet18"])
 @pytest.mark.parametrize("rule", ["uniform", "threshold", "energy"])
@@ -559,6 +567,7 @@ def test_a_merged_layer_cannot_be_truncated(runs, tmp_path):
   assert variables["params"]["fc2"]["u"].shape == (16, 3)
 
 
+@pytest.mark.quick(1)
 def test_the_command_line(runs, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(opened, "open_run", lambda *asked: runs("mlp"))
   monkeypatch.setattr(data_lib, "make", _no_data)
@@ -595,6 +604,7 @@ def _no_data(**section):
   raise data_lib.DataError("no data here")
 
 
+@pytest.mark.quick(1)
 def test_errors_are_one_line(tmp_path):
   result = subprocess.run(
     [sys.executable, "-m", "maestro.export", "--workdir=absent", "--out=x"],

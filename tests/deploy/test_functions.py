@@ -76,6 +76,7 @@ def exported(trained, tmp_path_factory):
   return out, config
 
 
+@pytest.mark.quick(1)
 def test_it_runs_at_any_batch_without_its_code(trained, exported, close):
   apply, params, ranks, _ = trained
   model, variables = maestro.load(exported[0])
@@ -87,6 +88,7 @@ def test_it_runs_at_any_batch_without_its_code(trained, exported, close):
     close(found, wanted)
 
 
+@pytest.mark.quick(1)
 def test_its_weights_are_what_is_extracted_and_run_in_the_model(
   trained, exported, close
 ):

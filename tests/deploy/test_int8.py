@@ -57,6 +57,7 @@ def _profiles(case, levels):
   ]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", CASES)
 def test_every_prefix_is_the_rounded_network(cases, close, tmp_path, name):
   case = cases[name]
@@ -113,6 +114,7 @@ def exported(tmp_path_factory, random_run, sizes_of):
 X = np.random.default_rng(1).standard_normal((64, 8, 8, 1)).astype(np.float32)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", RANKS)
 def test_every_size_of_one_file_is_within_a_hundredth(exported, name):
   root, _ = exported
@@ -182,6 +184,7 @@ def test_the_reader_of_the_docs_reads_int8(exported, close):
     close(found, np.asarray(model.apply(variables, X)))
 
 
+@pytest.mark.quick(1)
 def test_layers_that_would_differ_too_much_stay(tmp_path, random_run, sizes_of):
   run = random_run(MODEL)
   tight = export.Options(
@@ -239,6 +242,7 @@ def test_what_was_compared_is_what_is_written(tmp_path):
   assert 1e-4 < found <= 1e-2 and found == pytest.approx(told, rel=1e-3)
 
 
+@pytest.mark.quick(1)
 def test_a_merged_kernel_has_a_scale_for_each_output(
   tmp_path, close, random_run
 ):

@@ -49,6 +49,7 @@ def dataset(run):
 OPTIONS = exporting.Options(stablehlo=False, repeats=0)
 
 
+@pytest.mark.quick(1)
 def test_one_file_has_every_level_as_it_was_trained(run, dataset, tmp_path):
   run, results = run
   config = exporting.export(
@@ -75,6 +76,7 @@ def test_one_file_has_every_level_as_it_was_trained(run, dataset, tmp_path):
     assert config["statistics"] == "those that each level was trained with"
 
 
+@pytest.mark.quick(1)
 def test_between_two_levels_are_ranks_between_them(run, dataset, tmp_path):
   run, _ = run
   sizes = exporting.choose_sizes(
@@ -98,6 +100,7 @@ def test_between_two_levels_are_ranks_between_them(run, dataset, tmp_path):
     assert share <= float(profile["name"])
 
 
+@pytest.mark.quick(1)
 def test_what_a_chain_does_not_hold_is_refused(run, dataset, tmp_path, capsys):
   run, _ = run
   with pytest.raises(BudgetError, match="below the smallest level"):

@@ -46,6 +46,7 @@ def _extract(params, profile, case):
   return lowrank.extract(params, ranks, case.layers)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", CASES)
 def test_each_profile_is_the_extracted_network(cases, close, tmp_path, name):
   case = cases[name]

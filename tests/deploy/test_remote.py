@@ -168,6 +168,7 @@ def test_what_is_cached_is_not_asked_for_again(exported, server, close):
   close(larger.variables, read(exported, "0.5").variables, 0)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "folder"])
 def test_a_damaged_cache_is_filled_again(
   exported, server, close, tmp_path, damage

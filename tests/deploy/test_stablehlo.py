@@ -38,6 +38,7 @@ def _convolutions(path):
   return module.count("stablehlo.convolution")
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_accelerators_get_every_convolution(
   network, platform, tmp_path, monkeypatch
@@ -48,6 +49,7 @@ def test_accelerators_get_every_convolution(
   assert _convolutions(tmp_path / "hlo") == convolutions
 
 
+@pytest.mark.quick(0)
 def test_factors_get_a_convolution_each(tmp_path, monkeypatch):
   model, variables, example, _ = _make("resnet18")
   layers = introspect.layers(model, example)
@@ -61,6 +63,7 @@ def test_factors_get_a_convolution_each(tmp_path, monkeypatch):
   assert _convolutions(tmp_path / "hlo") == 20
 
 
+@pytest.mark.quick(1)
 def test_a_cpu_gets_products_where_they_win(tmp_path, monkeypatch):
   model, variables, example, convolutions = _make("resnet18")
   monkeypatch.setattr(stablehlo, "PLATFORMS", ("cpu",))
@@ -68,6 +71,7 @@ def test_a_cpu_gets_products_where_they_win(tmp_path, monkeypatch):
   assert _convolutions(tmp_path / "hlo") < convolutions
 
 
+@pytest.mark.quick(0)
 def test_all_platforms_share_one_program(network, tmp_path):
   model, variables, example, convolutions = network
   record = stablehlo.write(tmp_path / "hlo", model, variables, example)

@@ -76,6 +76,7 @@ def test_output_errors_are_those_of_the_products():
     assert error == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.quick(0)
 def test_lenet_outputs_are_never_worse_for_the_data_they_were_cut_for(tmp_path):
   rng = np.random.default_rng(0)
   splits = [

@@ -74,6 +74,7 @@ def test_a_run_is_kept_tabulated_and_drawn(tmp_path):
   rank_evolution.draw(results).savefig(tmp_path / "figure.png")
 
 
+@pytest.mark.quick(1)
 def test_a_failed_run_names_its_log(tmp_path):
   workdir = tmp_path / "run"
   with pytest.raises(UserError, match=r"run ended with code 2; see its log"):

@@ -23,6 +23,7 @@ def record(name):
   return theory.record(result(name))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", theory.CASES)
 def test_every_seed_meets_the_bars(name):
   bars = [check for check in result(name).checks if check.limit is not None]
@@ -67,6 +68,7 @@ def test_the_svds_order_is_wrong_for_scaled_data():
   np.testing.assert_allclose(plain, svd, atol=1e-6)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["svd", "data_order"])
 def test_without_ordered_dropout_there_is_no_order(name):
   case, _ = theory.CASES[name]
@@ -96,6 +98,7 @@ def test_a_check_fails_if_any_seed_does(check, passed):
   assert ("FAIL" in theory.table([one])) is (passed is False)
 
 
+@pytest.mark.quick(1)
 def test_files_hold_what_the_figure_is_drawn_from(tmp_path):
   for name in theory.CASES:
     runs.write_results(tmp_path / f"{name}.json", record(name))

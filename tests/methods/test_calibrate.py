@@ -96,6 +96,7 @@ def _relative(x, difference, k):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", SINGLE)
 def test_captured_rows_times_kernel_are_the_outputs(cases, jit, name):
   """For strides, paddings, dilations, groups, contracted and batch axes."""
@@ -118,6 +119,7 @@ def test_captured_rows_times_kernel_are_the_outputs(cases, jit, name):
   np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.quick(1)
 def test_factored_layers_see_the_same(cases):
   case = cases["remat"]
   x = _correlated(*case.x.shape)
@@ -136,6 +138,7 @@ def test_plain_flax_layers_are_seen(cases):
   np.testing.assert_array_equal(found[""][0], want[""][0])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", SINGLE)
 def test_moments_are_those_of_explicit_inputs(cases, name):
   case, batches = cases[name], _batches(cases[name])
@@ -161,6 +164,7 @@ class Twice(flax.linen.Module):
     return layer(jnp.tanh(layer(x))) if not train else layer(x)
 
 
+@pytest.mark.quick(1)
 def test_calls_add_up_and_options_and_ragged_batches_pass():
   model, x = Twice(), _correlated(7, 5)
   variables = model.init(jax.random.key(0), x)
@@ -173,6 +177,7 @@ def test_calls_add_up_and_options_and_ragged_batches_pass():
   np.testing.assert_allclose(moments, rows.T @ rows / 14, atol=1e-5)
 
 
+@pytest.mark.quick(1)
 def test_stacked_layers_need_the_scan_to_hand_their_inputs_out(cases):
   case = cases["scan"]
   x = _correlated(*case.x.shape)
@@ -210,6 +215,7 @@ def test_a_tied_embedding_counts_its_look_ups_only(cases):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", SINGLE)
 def test_every_rank_is_the_brute_force_optimum(cases, name):
   """By Eckart and Young on X K; also where C is singular (few inputs)."""
@@ -248,6 +254,7 @@ def test_the_comparison_is_not_trivial(cases):
   assert np.all(table["data"][1:5] < 0.8 * table["svd"][1:5])
 
 
+@pytest.mark.quick(2)
 def test_full_rank_keeps_the_function_without_any_input(case, close):
   """Where no data say anything (C = 0) the order is that of the SVD."""
   moments = {
@@ -353,6 +360,7 @@ def _check_lenet(batches, jit):
   )
 
 
+@pytest.mark.quick(1)
 def test_lenet_on_smooth_images(jit):
   rng = np.random.default_rng(0)
   noise = rng.standard_normal((2, 32, 28, 28, 1))
@@ -360,6 +368,7 @@ def test_lenet_on_smooth_images(jit):
   _check_lenet([jnp.asarray(x, jnp.float32) for x in smooth], jit)
 
 
+@pytest.mark.quick(0)
 def test_lenet_on_mnist(jit):
   try:
     images = data.make("mnist").train.inputs[:64]

@@ -72,6 +72,7 @@ def test_weights_are_in_proportion_to_roots_of_costs(case, kind):
   assert total == pytest.approx(sum(counts.values()))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", prox.KINDS)
 def test_weights_count_groups_layer_by_layer(case, kind, close):
   paths = list(trees.factored(case.factored))
@@ -164,6 +165,7 @@ def test_a_force_that_never_suffices_stays_finite():
   assert np.isfinite(np.float32(lam)) and lam == force
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   ("method", "rules"), [("dense", ({},)), ("svd", ({},)), ("maestro", ())]
 )
@@ -180,6 +182,7 @@ def test_costs_of_a_lasso_that_is_not_there_change_nothing(
   assert results[0] == results[1]
 
 
+@pytest.mark.quick(0)
 def test_the_weights_of_a_config_are_used(tmp_path):
   config = copy.deepcopy(BASE) | {"method": "maestro", "budget": None}
   config["discover"] |= {"epochs": 1, "lam": 1e-2}
@@ -219,6 +222,7 @@ def test_a_run_comes_to_its_budget_without_a_lambda(run):
   assert sum(a > b for a, b in itertools.pairwise(costs)) >= 5
 
 
+@pytest.mark.quick(1)
 def test_a_run_stopped_within_discover_goes_on_with_its_weight(run, tmp_path):
   results, workdir = run
 

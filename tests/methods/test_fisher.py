@@ -52,6 +52,7 @@ def tapped_gradient(case, params, layers, axes=()):
   return jax.grad(loss)(zeros)
 
 
+@pytest.mark.quick(1)
 def test_rows_and_gradients_make_up_the_gradient_of_the_kernel(case, close):
   layers = selected(case)
   want = kernel_gradient(case, case.dense)
@@ -61,6 +62,7 @@ def test_rows_and_gradients_make_up_the_gradient_of_the_kernel(case, close):
     close(found[path], trees.to_matrix(kernel, spec), 1e-4)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_scan_that_passes_them_on_has_moments_per_layer(remat, cases, close):
   """As three layers one after the other."""
@@ -107,6 +109,7 @@ def moments_of(case, params=None, key=KEY):
   )
 
 
+@pytest.mark.quick(2)
 def test_moments_of_inputs_are_those_of_calibrate(case, close):
   layers = selected(case)
   want = calibrate.second_moments(
@@ -181,6 +184,7 @@ def test_a_table_of_logits_alone_has_moments(close):
   assert not np.any(found["head"].inputs)
 
 
+@pytest.mark.quick(2)
 def test_reordering_changes_no_output(case, close):
   layers = selected(case)
   ranks = case.ranks("half")
@@ -192,6 +196,7 @@ def test_reordering_changes_no_output(case, close):
   close(case.run("plain", new)[0], want)
 
 
+@pytest.mark.quick(3)
 def test_full_rank_keeps_the_kernel_and_the_norms_are_balanced(case, close):
   layers = selected(case)
   new = fisher.decompose(case.dense, [Rule()], layers, moments_of(case))
@@ -212,6 +217,7 @@ def weighted_loss(k, low, found):
   return np.trace(d.T @ a @ d @ g)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["dense", "conv_same", "embed", "network"])
 def test_prefixes_lose_what_is_told_and_less_than_others(name, cases):
   case = cases[name]
@@ -283,6 +289,7 @@ def test_boxes_keep_the_names_of_their_axes(cases, close):
   assert new["v"].names == (None, "out")
 
 
+@pytest.mark.quick(2)
 def test_what_has_no_order_is_told(cases):
   case = cases["dense"]
   params = {k: x.astype(jnp.complex64) for k, x in case.dense.items()}

@@ -152,6 +152,7 @@ def macs_of_leaves(params):
   )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_trains_and_reports_what_its_tree_holds(name, tmp_path):
   results = train.train(config(name), tmp_path)
@@ -186,6 +187,7 @@ def test_a_method_trains_and_reports_what_its_tree_holds(name, tmp_path):
 BUDGETED = sorted(METHODS.keys() - {"dense", "dylora", "nested"})
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_is_met_and_not_by_much_less(name, tmp_path):
   method = {"name": name, "budget": "macs:0.5"}
@@ -209,6 +211,7 @@ def test_a_budget_without_settle_cuts_after_the_last_step(tmp_path):
   assert record["val/loss"] == pytest.approx(found, abs=1e-5)
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   "name", ["nested", "pufferfish", "race", "trp", "prox"]
 )
@@ -302,6 +305,7 @@ def test_a_fresh_optimizer_goes_on_with_its_schedules():
   assert counts == [7, 7]
 
 
+@pytest.mark.quick(0)
 def test_random_factors_have_the_kernels_size_and_nothing_of_its_values(cases):
   for name in ("dense", "conv_same", "scan", "conv_grouped", "network"):
     case = cases[name]
@@ -380,6 +384,7 @@ def test_the_end_of_a_shortened_discover_is_kept(tmp_path, monkeypatch):
   assert opened.open_run(tmp_path, "discover").step == 16
 
 
+@pytest.mark.quick(0)
 def test_stable_ranks_are_measured_from_a_random_start(tmp_path, dense):
   c = config("cuttlefish", init_from=str(dense))
   seen = []
@@ -422,6 +427,7 @@ def test_projections_fall_on_their_steps_in_any_dispatch(tmp_path):
   np.testing.assert_allclose(*kernels, atol=1e-5)
 
 
+@pytest.mark.quick(0)
 def test_momentum_does_not_change_what_the_nuclear_norm_weighs(
   tmp_path, monkeypatch
 ):
@@ -457,6 +463,7 @@ def test_a_projection_lowers_singular_values(dense):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adapters_leave_their_base_bit_for_bit(decay, tmp_path, dense):
   optimizer = BASE["optimizer"] | {"weight_decay": decay, "clip_norm": 1.0}
@@ -550,6 +557,7 @@ def bars(data_dir=None, val_examples=64):
 HALF = {"name": "data_svd", "ranks": {"name": "fraction", "fraction": 0.5}}
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   "method", ["cuttlefish", HALF, "dylora", "nested", "race"], ids=str
 )
@@ -657,6 +665,7 @@ def test_frobenius_is_the_norm_of_the_products(cases):
     assert float(found) == pytest.approx(wanted, rel=1e-5), name
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", budget.BUDGETS)
 @pytest.mark.parametrize("fraction", [0.45, 0.6, 0.8, 1.0])
 def test_a_fit_is_the_largest_that_the_budget_allows(kind, fraction, cases):
@@ -737,6 +746,7 @@ def test_a_budget_scales_ranks_before_they_are_rounded(fraction):
   assert bound(free, params).choose_ranks(params) == {"fc1": 4, "fc2": 3}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   "method",
   [
@@ -907,6 +917,7 @@ def leaves_of(workdir):
   return {jax.tree_util.keystr(p): np.asarray(x).tobytes() for p, x in leaves}
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   "name",
   [
@@ -952,6 +963,7 @@ def test_a_killed_run_of_a_method_resumes_bit_identically(
     assert len(metrics.read(tmp_path / part)) == 6
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   ("name", "stop"), [("trp", 13), ("dylora", 19), ("nested", 20)]
 )
@@ -1030,6 +1042,7 @@ def test_pufferfish_resnet18_has_its_published_size():
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(0)
 def test_the_method_of_the_docs_is_short_and_runs(tmp_path, monkeypatch):
   text = (ROOT / "docs" / "adding_a_method.md").read_text(encoding="utf-8")
   (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

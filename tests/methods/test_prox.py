@@ -104,6 +104,7 @@ def _components(x, name, n_lead=0):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("t", [0.03, 0.3, 0.9])
 @pytest.mark.parametrize("seed", [0, 1])
@@ -154,6 +155,7 @@ def test_fulfils_the_optimality_condition(kind, t):
       np.testing.assert_allclose(rest, 0.0, atol=1e-12)
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("kind", KINDS)
 def test_lowers_the_objective_below_every_neighbour(kind, jit):
   y, t = _tree(), 0.2
@@ -175,6 +177,7 @@ def test_lowers_the_objective_below_every_neighbour(kind, jit):
       assert objective(near) > best
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_precision_follows_double_at_a_large_rank(kind):
   y, t = {"fc": _layer(40, 128, 30, decay=0.99)}, 0.02
@@ -185,6 +188,7 @@ def test_single_precision_follows_double_at_a_large_rank(kind):
     np.testing.assert_allclose(found[name], want[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("kind", KINDS)
 def test_strength_zero_is_the_identity(kind):
   tree = _single(_tree())
@@ -217,6 +221,7 @@ def test_later_components_shrink_more():
     assert np.all((after != 0) == alive[:, None])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_firmly_non_expansive(kind):
   """||p - q||^2 <= <p - q, x - y> for p, q = prox(x), prox(y)."""
@@ -281,6 +286,7 @@ def test_zeros_make_no_nan(kind, t):
     _equal(prox.prox(tree, RANKS, t, kind), tree)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_truncated_to_almost_nothing(rank):
   layer = {"u": jnp.ones((3, rank)), "v": jnp.ones((rank, 2))}
@@ -402,6 +408,7 @@ def _pull(params):
   return jax.tree.map(jnp.subtract, params, _single(_tree(7)))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sgd_is_followed_by_the_step_at_its_schedule(kind):
   params, lam = _single(_tree()), 0.5
@@ -437,6 +444,7 @@ def test_finds_the_minimum(momentum):
   assert 0 < np.sum(counts) < 30
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_zeros_are_exact_and_stay(optimizer):
   """After an update, also beside momentum and a target that would revive."""

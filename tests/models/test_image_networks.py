@@ -49,6 +49,7 @@ def _jaxpr_macs(model, variables, x):
   return sum(p.macs for p in found)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("model", "params", "gmacs"),
   [
@@ -70,6 +71,7 @@ def test_networks_cost_what_is_published(model, params, gmacs):
   assert cost.macs == _jaxpr_macs(model, variables, x)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("name", "fraction"),
   [
@@ -193,6 +195,7 @@ def _factors(model, size):
   )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   "name", ["resnet50", "resnext50_32x4d", "mobilenet_v2"]
 )

@@ -22,6 +22,7 @@ def abstract(model, shape):
   return nn.layers(model, x), variables, x
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("model", "shape", "params", "macs"),
   [
@@ -46,6 +47,7 @@ def test_dense_networks_cost_what_the_paper_says(model, shape, params, macs):
   assert (found.params, found.macs) == (params, macs)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize(
   ("model", "shape"), [(RESNET, CIFAR), (VGG, CIFAR), (RESNET_LARGE, IMAGENET)]
@@ -74,6 +76,7 @@ def test_factored_networks_cost_what_their_shapes_say(model, shape, fraction):
   assert (found.params, found.macs) == (params, macs)
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   ("model", "size"),
   [

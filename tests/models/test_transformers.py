@@ -61,6 +61,7 @@ def factored(name):
   return params, full, sampling.independent(jax.random.key(3), full)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(
   ("model", "x", "params", "macs"),
@@ -96,6 +97,7 @@ def test_networks_cost_what_is_published(model, x, params, macs, scan):
   assert (found.params, found.macs) == (params, macs)
 
 
+@pytest.mark.quick(1)
 def test_products_of_activations_stand_on_lines_of_their_own():
   layers = nn.layers(TRANSFORMER(), TOKENS)
   other = {p: s.positions for p, s in layers.items() if s.kind == "other"}
@@ -106,6 +108,7 @@ def test_products_of_activations_stand_on_lines_of_their_own():
   assert other == dict.fromkeys(want, 2 * 7 * 7 * 8)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
 def test_factored_networks_cost_what_their_shapes_say(name, fraction):
@@ -133,6 +136,7 @@ def test_factored_networks_cost_what_their_shapes_say(name, fraction):
 
 
 # What a scan does is tested against the blocks one by one, below.
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   "name", ["scanned transformer", "pre-norm", "gpt", "rotary gpt", "vit"]
 )
@@ -160,6 +164,7 @@ def test_every_form_of_ranks_is_the_same_network(name, close):
   assert np.max(np.abs(sampled - whole)) > 1e-2 * scale
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["transformer", "gpt", "vit"])
 def test_a_scan_of_blocks_is_the_blocks(name, close):
   loop, x, _, _ = made(name)
@@ -186,6 +191,7 @@ def test_a_scan_of_blocks_is_the_blocks(name, close):
   )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["pre-norm", "gpt", "rotary gpt"])
 def test_token_by_token_is_all_at_once(name, close):
   model, x, _, _ = made(name)
@@ -208,6 +214,7 @@ def test_a_scan_refuses_to_go_token_by_token():
     model.apply({"params": dense}, len(x), method="begin")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["transformer", "gpt"])
 def test_nothing_is_seen_of_what_comes_later(name):
   model, x, _, params = made(name)
@@ -243,6 +250,7 @@ def test_rotated_products_know_how_far_and_not_where(close):
   close(rotate(many)[:, 4:], rotate(many[:, 4:], 4))
 
 
+@pytest.mark.quick(0)
 def test_padding_changes_nothing_and_has_no_logits(close):
   model, x, _, params = made("transformer")
   want = model.apply({"params": params}, x)
@@ -253,6 +261,7 @@ def test_padding_changes_nothing_and_has_no_logits(close):
   assert not np.any(np.asarray(want)[np.asarray(x[:, 1] == 0)])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["transformer", "gpt", "vit"])
 def test_dropout_is_of_training_alone(name):
   model, x, _, params = made(name)
@@ -268,6 +277,7 @@ def test_dropout_is_of_training_alone(name):
   np.testing.assert_array_equal(y, want)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["transformer", "gpt", "vit"])
 def test_bfloat16_computes_in_it_and_keeps_float32_parameters(name):
   model, x, _, _ = made(name)

@@ -51,6 +51,7 @@ def _ranks(rank):
   return [rank, np.int32(rank), jnp.int32(rank)]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rank", [None, 5, 3, 1, 0])
 def test_dot_equals_double_precision(rank, close):
   r = 5 if rank is None else rank
@@ -90,6 +91,7 @@ CONVS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("options", CONVS.values(), ids=CONVS.keys())
 def test_conv_equals_double_precision(options, groups, close):
@@ -228,6 +230,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_as_a_product_equals_lax(name):
   space, window, strides, padding, dilation = CONVOLUTIONS[name]
@@ -310,6 +313,7 @@ def _shapes_of_products(f, *args):
   }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("rank", [None, 7, 5, 2, 0, "traced"])
 @pytest.mark.parametrize("kind", ["dot", "conv"])
 def test_factors_multiplied_out_give_the_same(kind, rank):
@@ -405,6 +409,7 @@ def _large_gradients(x, kernel, **options):
   return str(jax.make_jaxpr(lambda: run(ops.convolution)[1][1])())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", _LARGE.values(), ids=_LARGE)
 @pytest.mark.parametrize("window", [(3, 3), (5, 2), (1, 1)], ids=str)
 @pytest.mark.parametrize("channels", [2, 5])
@@ -421,6 +426,7 @@ def test_gradients_of_large_convolutions_are_those_of_xla(
   assert ("length=6" in program) == (blocks == 6)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("window", [(4,), (3, 1, 2)], ids=str)
 def test_gradients_of_large_convolutions_of_other_axes(window, monkeypatch):
   monkeypatch.setattr(ops.cpu, "_BLOCK", 1)

@@ -86,6 +86,7 @@ def check(found, wanted, rank, bar):
   assert not du[:, rank:].any() and not dv[rank:].any(), rank  # to the bit
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("case", "dtype", "interpret"),
   [
@@ -207,6 +208,7 @@ def test_vmap_and_gradients_under_it(axes, jit):
   alike(run(kernels("rests")), run(masked))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
   "outer",
   [(0, None, None, 0, None, 0), (0,) * 6, (None,) * 5 + (0,)],

@@ -63,6 +63,7 @@ def relative(a, b):
   return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_gradients_at_every_rank(shape, dtype, counted):
@@ -88,6 +89,7 @@ def test_outputs_and_gradients_at_every_rank(shape, dtype, counted):
   assert traced.times == 1
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", [(6, 32, 16, 24), (64, 16, 16, 16)])
 def test_what_is_beyond_the_rank_is_never_read(shape):
   x, u, v, g, bias = arrays(shape)
@@ -161,6 +163,7 @@ def test_ranks_out_of_range():
     dot(x, u, v, 17)
 
 
+@pytest.mark.quick(1)
 def test_leading_axes_and_static_ranks_are_as_for_masks():
   x, u, v, _, bias = arrays((6, 32, 16, 24))
   x = x.reshape((2, 3, 32))
@@ -172,6 +175,7 @@ def test_leading_axes_and_static_ranks_are_as_for_masks():
   np.testing.assert_array_equal(empty, jnp.broadcast_to(bias, (2, 3, 24)))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", [(6, 32, 16, 24), (64, 16, 16, 16)])
 @pytest.mark.parametrize(
   "dtypes",
@@ -198,6 +202,7 @@ def test_types_are_mixed_as_by_masks(shape, dtypes):
     assert grads[0].dtype == grads[1].dtype == args[i].dtype
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("shape", [(0, 4, 3, 5), (2, 0, 3, 5), (2, 4, 3, 0)])
 def test_nothing_to_multiply_gives_what_masks_give(shape):
   x, u, v, g, bias = arrays(shape)
@@ -210,6 +215,7 @@ def test_nothing_to_multiply_gives_what_masks_give(shape):
     np.testing.assert_allclose(a, b)
 
 
+@pytest.mark.quick(1)
 def test_a_batch_of_unknown_size_can_be_exported():
   x, u, v, _, bias = arrays((64, 16, 16, 16))
   (rows,) = jax.export.symbolic_shape("b")
@@ -238,6 +244,7 @@ def loss(dot, x, u, v, rank):
   return jnp.sum(jnp.tanh(dot(x, u, v, rank)) ** 2)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("axes", [(0, None, None, None), (0, 0, 0, 0)])
 @pytest.mark.parametrize("inner", [(None, 0, 0, None), (0, 0, 0, 0)])
 def test_vmap_twice_and_gradients_under_it(axes, inner):
@@ -278,6 +285,7 @@ def test_ranks_of_a_batch_cost_a_mask_not_every_branch():
   assert shared.count("cond[") == 1
 
 
+@pytest.mark.quick(1)
 def test_scan_and_remat():
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.standard_normal((6, 8)), jnp.float32)
@@ -301,6 +309,7 @@ def test_scan_and_remat():
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.quick(1)
 def test_a_batch_over_devices_stays_where_it_is():
   mesh = jax.make_mesh(
     (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
@@ -327,6 +336,7 @@ def test_forward_mode_is_left_to_xla():
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
   "options",
@@ -398,6 +408,7 @@ def test_what_is_preferred_is_used_where_it_pays():
     ops.lowrank_dot(*large, rank, implementation="pallas")
 
 
+@pytest.mark.quick(0)
 @pytest.mark.mixed_types
 def test_layers_of_a_model_take_their_ranks_by_a_switch():
   class Net(nn.Module):

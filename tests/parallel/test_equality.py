@@ -159,6 +159,7 @@ def reference(name, jit):
   return train(name, ONE, jit)[0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_mesh_trains_as_one_device(name, shape, jit):
@@ -214,6 +215,7 @@ def numbers(found):
   return sum(math.prod(shape) for _, shape in found)
 
 
+@pytest.mark.quick(0)
 def test_data_parallel_devices_exchange_gradients_of_factors():
   found, params = exchanged(MeshShape(data=4))
   assert {kind for kind, _ in found} == {"all-reduce"}

@@ -311,6 +311,7 @@ def test_sigterm_to_one_process_saves_and_stops_all(finished):
   assert not (finished / "stopped" / "results.json").exists()
 
 
+@pytest.mark.quick(0)
 def test_two_processes_go_on_to_the_same_bits(finished, command, monkeypatch):
   """After SIGTERM to one of them, and then SIGKILL."""
   monkeypatch.setenv("XLA_FLAGS", "")
@@ -337,6 +338,7 @@ def test_two_processes_go_on_to_the_same_bits(finished, command, monkeypatch):
   assert not list(chaos.differences(finished / "stopped", finished / "whole"))
 
 
+@pytest.mark.quick(0)
 def test_a_full_disk_of_one_process_ends_all(command, tmp_path, monkeypatch):
   """At once: those whose disks are well would wait for it, by orbax."""
   monkeypatch.setenv("XLA_FLAGS", "")
@@ -369,6 +371,7 @@ def _back_at(step, workdir):
       shutil.rmtree(saved)
 
 
+@pytest.mark.quick(0)
 def test_other_processes_and_devices_go_on(
   finished, command, tmp_path, monkeypatch
 ):

@@ -329,6 +329,7 @@ def check_png(path):
     assert len(set(image.convert("L").resize((100, 60)).tobytes())) > 10
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("layers", [3, 21])
 def test_figures(tmp_path, layers):
   workdir = make_run(tmp_path / "run", layers)
@@ -341,6 +342,7 @@ def test_figures(tmp_path, layers):
     check_png(path)
 
 
+@pytest.mark.quick(0)
 def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
   """Killed after any of its pictures, and drawn again over the remains."""
   workdir = tmp_path / "run"
@@ -368,6 +370,7 @@ def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
   assert mine.read_text() == "kept" and not list(workdir.glob(".report*"))
 
 
+@pytest.mark.quick(0)
 def test_two_at_once_draw_the_same_report(tmp_path, monkeypatch):
   workdir = make_run(tmp_path / "run")
   save, others = matplotlib.figure.Figure.savefig, []
@@ -396,6 +399,7 @@ def test_figures_of_a_dense_run(tmp_path):
   assert [p.name for p in figures.figures(workdir)] == ["cost.png"]
 
 
+@pytest.mark.quick(0)
 def test_figures_of_a_single_record(tmp_path):
   for layers in (3, 21):
     workdir = make_run(tmp_path / str(layers), layers, epochs=0)
@@ -410,6 +414,7 @@ def test_figures_without_any_record(tmp_path):
   assert not (workdir / "report").exists()
 
 
+@pytest.mark.quick(0)
 def test_spectra_of_zeros_and_stacks(tmp_path):
   workdir = make_run(tmp_path / "run", 3)
   spectra = {
@@ -536,6 +541,7 @@ def test_main_needs_metrics_to_draw(tmp_path):
     report_main.report([str(workdir)], out=tmp_path / "out")
 
 
+@pytest.mark.quick(0)
 def test_runs_as_a_module(tmp_path):
   def run(*args):
     return subprocess.run(

@@ -125,6 +125,7 @@ def errors_of(directory, step, state):
   return errors
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_round_trip_keeps_every_bit(tmp_path, optimizer):
   state = make_state(optimizer, stats=optimizer != "adam")
@@ -240,6 +241,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_never_loaded(copy, damage):
   step = copy / "2"
@@ -360,6 +362,7 @@ with Checkpoints(sys.argv[1], keep=1) as checkpoints:
 """
 
 
+@pytest.mark.quick(1)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 @pytest.mark.parametrize("then, step", [("stop", 1), ("recover", 5)])
 def test_full_disk_leaves_the_newest_step(tmp_path, then, step):
@@ -407,6 +410,7 @@ for moment in range(8):
 """
 
 
+@pytest.mark.quick(0)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_kill_leaves_the_newest_step_loadable(tmp_path):
   reported = [int(line) for line in run(KILL, tmp_path).split()]

@@ -21,6 +21,7 @@ def mesh():
   return jax.make_mesh((2, 4), ("a", "b"))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_how_an_array_is_split_does_not_matter(dtype, mesh):
   x = numbers((8, 4, 12), dtype)

@@ -137,6 +137,7 @@ def test_what_one_process_wrote_whole_is_read_in_parts(values, tmp_path):
   assert np.array_equal(state["params"]["fc1"]["u"], values["params/fc1/u"])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("devices", [8, 1])
 def test_flipped_bytes_of_parts_are_never_loaded(
   devices, saved, values, tmp_path

@@ -85,6 +85,7 @@ def end(process):
   return process.returncode, out + err, time.monotonic() - began
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", BUSY)
 def test_sigterm_ends_a_command_cleanly(name):
   process = start(BUSY[name])
@@ -97,6 +98,7 @@ def test_sigterm_ends_a_command_cleanly(name):
   assert ("written" in text) == (name == "saving")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["python", "swallowed", "deaf"])
 def test_ctrl_c_ends_a_command_cleanly(name):
   process = start(BUSY[name])
@@ -127,6 +129,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("error", ENDINGS)
 def test_nothing_is_taken_apart_under_native_threads(error):
   # What libraries do at exit, with threads of theirs at work, may crash.

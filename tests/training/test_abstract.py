@@ -51,6 +51,7 @@ class Dispatched(Exception):  # noqa: N818
   """What the loop has come to its first dispatch with."""
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("method", "share", "compiles"),
   [("dense", None, True), ("pufferfish", 0.25, False), ("lasso", 1.0, False)],

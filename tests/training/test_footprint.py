@@ -63,6 +63,7 @@ def test_data_parallel_devices_exchange_the_bytes_of_gradients():
   assert len(row.program) == 64
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("share", [None, 1.0])
 def test_an_evaluation_is_the_loops_own_beside_the_state(share):
   method = "dense" if share is None else "maestro"

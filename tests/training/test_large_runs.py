@@ -131,6 +131,7 @@ def steps(t, state, data, n):
 NORMED = {"name": "resnet20", "width": 2, "stage_sizes": [1]}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("model", [BASE["model"], NORMED])
 def test_the_average_follows_its_equation_and_changes_nothing_else(
   model, begun, close
@@ -188,6 +189,7 @@ def test_the_average_lies_where_the_parameters_do(begun):
   assert np.isfinite(np.asarray(state.ema["params"]["fc1"]["u"])).all()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("saves", [1, 2])
 def test_a_killed_run_resumes_with_its_average(
   saves, averaged, tmp_path, monkeypatch
@@ -237,6 +239,7 @@ def test_another_run_starts_from_the_average(averaged, close):
   close(t.initial()[0]["fc1"]["kernel"], u @ v, 1e-5)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", ["svd", "pufferfish", "race"])
 def test_the_average_of_a_network_that_becomes_factors(method, tmp_path, close):
   phase = BASE["settle"] | {"epochs": 2}
@@ -374,6 +377,7 @@ def test_a_cache_is_a_directory_that_can_be_made(tmp_path):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.mark.quick(0)
 def test_flags_and_keys_start_a_run_in_a_new_process(tmp_path):
   """The flag is set while no device is in use yet, and programs are kept."""
   code = (

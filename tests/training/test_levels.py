@@ -90,6 +90,7 @@ def taught(tmp_path_factory):
     return loop.train(changed, workdir), workdir
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("name", ["finished", "taught"])
 def test_the_loop_trains_as_it_is_written_here(name, request):
   """An independent loop over the levels that the seed draws."""

@@ -169,6 +169,7 @@ KILLS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_killed_run_resumes_bit_identically(
   moment, tmp_path, reference, monkeypatch
@@ -231,6 +232,7 @@ def start(config_file, workdir, *more):
   )
 
 
+@pytest.mark.quick(0)
 def test_sigkill_at_any_time_loses_nothing_that_was_saved(tmp_path, reference):
   workdir = tmp_path / "run"
   file = write_config(tmp_path / "killed.py")
@@ -348,6 +350,7 @@ def test_means_are_of_whole_epochs_or_of_what_came_since(odd, tmp_path):
     assert records[step]["train/loss"] == pytest.approx(found, rel=1e-5), step
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("step", [3, 5, 13, 14, 17])
 def test_a_run_of_odd_lengths_resumes_bit_identically(
   step, tmp_path, odd, monkeypatch
@@ -589,6 +592,7 @@ def test_a_broken_json_file_is_named(name, tmp_path, reference):
 
 
 # Orbax drops its other reads when the first one fails, which asyncio reports.
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damaged", ["the_newest", "all"])
 def test_damaged_checkpoints_are_set_aside_and_repeated(
@@ -741,6 +745,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_runs_and_learns(name, tmp_path):
@@ -757,6 +762,7 @@ def test_an_option_runs_and_learns(name, tmp_path):
   assert kept["test"] == results["final"]["metrics"]
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("shape", [{"data": 1}, {"data": 2, "model": 4}])
 def test_steps_move_nothing_between_host_and_devices(
   shape, tmp_path, monkeypatch
@@ -782,6 +788,7 @@ def test_steps_move_nothing_between_host_and_devices(
   assert guarded >= 40
 
 
+@pytest.mark.quick(0)
 def test_a_run_goes_on_on_another_mesh(tmp_path, reference, monkeypatch):
   changes = {"mesh": {"data": 1, "fsdp": 2, "model": 4}}
   stop_at(20, tmp_path / "run", config(changes), monkeypatch)
@@ -820,6 +827,7 @@ def test_metrics_every_few_steps_do_not_change_the_run(tmp_path, reference):
     assert a[path].tobytes() == x.tobytes(), path
 
 
+@pytest.mark.quick(0)
 def test_training_metrics_are_means_over_what_they_say(
   tmp_path, reference, monkeypatch
 ):

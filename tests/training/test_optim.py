@@ -115,6 +115,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("multiple_of", [1, 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_truncated_state_goes_on_as_the_masked_one(

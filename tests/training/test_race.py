@@ -127,6 +127,7 @@ def test_a_stopped_race_begins_anew_to_the_same_numbers(
   assert steps == [r["step"] for r in metrics.read(workdir)]
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("regrow", [False, True])
 def test_ranks_may_rise_above_every_proposal(regrow, tmp_path, monkeypatch):
   propose = racing.propose

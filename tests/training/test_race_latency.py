@@ -106,6 +106,7 @@ def factors(results):
   }
 
 
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("bend", [1.0, 1.5, 0.6])
 def test_a_budget_is_met_as_measured_and_used(
   bend, tmp_path, monkeypatch, layers
@@ -134,6 +135,7 @@ def test_a_budget_is_met_as_measured_and_used(
   assert (found["batch_size"], found["device"]) == (8, "cpu: cpu")
 
 
+@pytest.mark.quick(0)
 def test_a_stopped_race_is_resumed_by_what_was_measured(tmp_path, monkeypatch):
   whole, calls = clock(drift=0.01)
   expected = run(monkeypatch, tmp_path / "whole", whole)
@@ -185,6 +187,7 @@ def test_a_budget_too_small_is_named(tmp_path, monkeypatch):
   assert not (tmp_path / "metrics.jsonl").exists()  # before anything is trained
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("ms", [6, 100])
 def test_a_budget_above_the_dense_network_is_the_whole(
   ms, tmp_path, monkeypatch
@@ -196,6 +199,7 @@ def test_a_budget_above_the_dense_network_is_the_whole(
   assert results["race"]["latency"]["measured_ms"] == 6
 
 
+@pytest.mark.quick(0)
 def test_where_factors_are_slower_layers_stay_dense(tmp_path, monkeypatch):
   def measure(forms):
     slow = ("fc2", "fc3")
@@ -307,12 +311,14 @@ def test_options_are_counts(tmp_path):
       loop.train(config(method=method), tmp_path / "run")
 
 
+@pytest.mark.quick(0)
 def test_reports_name_the_budget(tmp_path, monkeypatch):
   results = run(monkeypatch, tmp_path, clock()[0])
   results["workdir"] = str(tmp_path)
   assert "race latency_ms:4" in tables.compare([results])
 
 
+@pytest.mark.quick(0)
 def test_a_real_clock(tmp_path):
   """Says nothing of how fast anything is."""
   method = {"name": "race", "race": {"latency_repeats": 1}}

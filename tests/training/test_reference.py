@@ -196,6 +196,7 @@ def train_again(full_pass=False):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("full_pass", [False, True])
 def test_the_loop_trains_as_its_method_is_written(full_pass, tmp_path):
   wanted = train_again(full_pass)
@@ -235,6 +236,7 @@ def test_the_loop_trains_as_its_method_is_written(full_pass, tmp_path):
   assert results["train"]["macs_total"] == wanted.macs[-1]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("every", [1, 3])
 def test_each_window_has_the_means_of_its_own_steps(every, tmp_path):
   wanted = train_again()

@@ -143,6 +143,7 @@ def test_a_step_minimises_the_loss_at_sampled_ranks_plus_the_lasso(close):
   assert float(total) == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("implementation", "options"),
   [
@@ -230,6 +231,7 @@ def repeated(request, monkeypatch):
   monkeypatch.setattr("maestro.training.step.unrolls", lambda mesh: unrolled)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.usefixtures("repeated")
 @pytest.mark.parametrize(
   ("parts", "full_pass"), [(2, FullPass(distill=0.5)), (8, None)]
@@ -252,6 +254,7 @@ def test_the_penalty_of_micro_batches_counts_once(close):
   close(made.metrics["penalty"], plain.metrics["penalty"], 1e-6)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_ranks_are_sampled_once_a_step_whatever_the_parts(parts):
   drawn = []
@@ -264,6 +267,7 @@ def test_ranks_are_sampled_once_a_step_whatever_the_parts(parts):
   assert len(drawn) == 1
 
 
+@pytest.mark.quick(1)
 @pytest.mark.usefixtures("repeated")
 def test_micro_batches_split_over_devices(close):
   (one, loss_one), (four, loss_four) = (
@@ -288,6 +292,7 @@ def test_gradients_are_averaged_in_float32():
   assert float(grads) == float(mean) == (1 + 7 * 2.0**-9) / 8
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("remat", "parts"), [("all", 1), ("dots", 2), ("dots_with_no_batch_dims", 1)]
 )
@@ -310,6 +315,7 @@ class Normed(linen.Module):
     return linen.Dense(4, name="last")(jnp.tanh(norm(x)))
 
 
+@pytest.mark.quick(0)
 def test_statistics_are_those_of_the_micro_batches_in_order(close):
   x, y, _ = problem()
   variables = Normed().init(jax.random.key(0), x)

@@ -92,6 +92,7 @@ class Killed(BaseException):
   pass
 
 
+@pytest.mark.quick(0)
 def test_a_translator_learns_resumes_and_ships(folder, tmp_path, monkeypatch):
   pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")
   c, one, two = config(folder), tmp_path / "one", tmp_path / "two"
@@ -183,6 +184,7 @@ def test_translations_are_the_best_next_words_of_the_network(
   assert len({*texts}) > 1
 
 
+@pytest.mark.quick(0)
 def test_without_sacrebleu_a_run_has_all_but_bleu(
   folder, tmp_path, monkeypatch
 ):

@@ -110,6 +110,7 @@ def test_labels_below_0_carry_no_loss_and_no_gradient():
   assert losses.weight(jnp.ones((2, 3))) == 1.0  # of a regression
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("labels", [[1, 4], [[1, 0], [2, 4]]])
 def test_label_smoothing_is_that_of_smoothed_targets(labels):
   labels = jnp.asarray(labels)
@@ -151,6 +152,7 @@ def test_a_step_minimises_the_mean_over_tokens(close):
   )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("longest", [2, 5, 8])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_batch_at_its_own_length_is_the_whole_one(longest, accumulate, close):
@@ -160,6 +162,7 @@ def test_a_batch_at_its_own_length_is_the_whole_one(longest, accumulate, close):
   assert_close_to_the_largest(found, want)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   "options",
   [
@@ -203,6 +206,7 @@ def assert_close_to_the_largest(found, want):
     np.testing.assert_allclose(a, b, atol=3e-5 * most)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("batch_size", [3, 8])
 def test_evaluation_and_judgement_are_means_over_tokens(batch_size):
   params, _ = problem()
