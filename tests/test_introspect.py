@@ -312,7 +312,7 @@ def _scan(passed):
   )(6)(x, None)[0]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("make", [_rnn, _vmap, _scan])
 def test_a_rank_is_obeyed_or_missed_aloud(make, close):
   x = jnp.cos(jnp.arange(84.0)).reshape(2, 7, 6)

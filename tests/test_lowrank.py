@@ -447,6 +447,7 @@ def test_gradient_of_group_lasso_is_finite_and_zero_at_zeros(jit, kind, lasso):
     assert np.any(np.asarray(grads[path]["v"]))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("lasso", ["hierarchical", "flat"])
 def test_norms_do_not_see_nan_beyond_the_rank(reference_mask, lasso):
   params = _factors()

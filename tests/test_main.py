@@ -18,7 +18,7 @@ from maestro import data as data_lib
 from maestro import introspect as nn
 from maestro.errors import Interrupted
 from maestro.models import MODELS
-from maestro.training import build, optim
+from maestro.training import build, optim, schedules
 from maestro.training import loop as train
 from maestro.training.config import clock_of, parse
 
@@ -296,7 +296,7 @@ def test_every_shipped_config_builds(path, variant, method):
     model, x = build.make_model(c, facts), facts.example
   layers = nn.layers(model, x)
   sections = {p: getattr(c, p).schedule for p in ("discover", "settle")}
-  schedule = optim.make_schedule(sections, clock_of(c, steps))
+  schedule = schedules.make(sections, clock_of(c, steps))
   tx = optim.make(c.optimizer, schedule, layers)
 
   def initial(key):

@@ -73,6 +73,7 @@ def test_every_truncated_form_equals_mask(case, jit, close, level):
     close((found, found_dx), (y, dx))
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("how", ["mask", "ranks"])
 @pytest.mark.parametrize("level", ["half", 1, 0])
 def test_gradient_beyond_the_rank_is_exactly_zero(
@@ -96,6 +97,7 @@ def test_nan_beyond_the_rank_reaches_nothing(case, reference_mask, how, level):
   jax.tree.map(np.testing.assert_array_equal, found, clean)
 
 
+@pytest.mark.quick(11)
 @pytest.mark.parametrize("form", ["mask", "ranks", "truncate"])
 def test_rank_zero_gives_exactly_the_bias(case, jit, form):
   if "" not in case.layers:
@@ -206,7 +208,7 @@ PRECISE = {"precision": "highest"}
 NO_BIAS = {"use_bias": False}
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.mixed_types
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("options", [HALF, HALF_PARAMS, PRECISE, NO_BIAS])
@@ -349,6 +351,7 @@ def test_one_trace_serves_all_ranks(cases, name):
   assert len(outputs) > 5  # the ranks did reach the layers
 
 
+@pytest.mark.quick(15)
 @pytest.mark.parametrize("how", ["plain", "ranks"])
 def test_factors_are_never_multiplied_with_each_other(case, how):
   small = lowrank.truncate(case.factored, case.ranks(2))

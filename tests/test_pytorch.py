@@ -316,6 +316,7 @@ LARGE = {
 }
 
 
+@pytest.mark.quick(1)
 @needs_torch
 @pytest.mark.parametrize(
   ("build", "model", "size"),

@@ -99,6 +99,7 @@ def test_fixed_is_the_exact_ceiling_for_every_fraction_and_rank():
       assert found[r] == j
 
 
+@pytest.mark.quick(32)
 @pytest.mark.parametrize("size", [1, 3, 50, 4096, 65537, 2**31 - 1])
 @pytest.mark.parametrize(
   "text", ["0", "0.0001", "0.0004", "0.001", "0.29", "0.3333", "0.9999", "1"]
@@ -118,6 +119,7 @@ def test_fixed_gives_integers_on_the_device():
   assert found["a"].dtype == jnp.int32
 
 
+@pytest.mark.quick(11)
 @pytest.mark.parametrize(
   "ranks",
   [

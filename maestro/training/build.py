@@ -23,7 +23,15 @@ from maestro.parallel.mesh import BATCH, Mesh, batch_devices, make_mesh
 from maestro.parallel.rules import Placement
 from maestro.runs import compiler
 from maestro.schema import ConfigError, bind, choose
-from maestro.training import levels, losses, optim, start, stored, translate
+from maestro.training import (
+  levels,
+  losses,
+  optim,
+  schedules,
+  start,
+  stored,
+  translate,
+)
 from maestro.training.accumulate import unrolls
 from maestro.training.batch_norm import make_recalibrate
 from maestro.training.config import (
@@ -199,7 +207,7 @@ def check(c: Config, devices: Sequence[Any] | None = None) -> None:
   periods_of(c, clock_of(c, 1))
   for name in PHASES:  # whether a warm-up fits, only the data can tell
     if length_of(c, name).value:
-      optim.bind_schedule(name, getattr(c, name).schedule)
+      schedules.bind(name, getattr(c, name).schedule)
   optim.make(c.optimizer, optax.constant_schedule(0.0), {})
 
 
@@ -384,7 +392,7 @@ def _schedule(
   c: Config, clock: Clock, end: int | None = None
 ) -> optax.Schedule:
   sections = {name: getattr(c, name).schedule for name in PHASES}
-  return optim.make_schedule(sections, clock, end)
+  return schedules.make(sections, clock, end)
 
 
 def _steps_per_epoch(c: Config, n: int, devices: int) -> int:

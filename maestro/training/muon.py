@@ -45,7 +45,7 @@ def orthogonalize(
   factors take the same steps. Matrices of a stack, or of a group, are apart.
   """
 
-  def update(updates, state, params=None):
+  def step(updates, params):
     del params
 
     def one(path, x):
@@ -57,9 +57,9 @@ def orthogonalize(
       flat = x.reshape((*lead, math.prod(rows), -1))
       return _each_orthogonal(flat).reshape(x.shape)
 
-    return jax.tree_util.tree_map_with_path(one, updates), state
+    return jax.tree_util.tree_map_with_path(one, updates)
 
-  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+  return optax.stateless(step)
 
 
 @functools.partial(jnp.vectorize, signature="(m,n)->(m,n)")

@@ -122,6 +122,7 @@ def test_the_plain_peer_is_our_function(name, close, jit):
   close(actual, expected, 1e-4)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("factored", [False, True])
 def test_the_torch_peer_has_our_parameters(name, factored):
@@ -138,6 +139,7 @@ def test_the_torch_peer_has_our_parameters(name, factored):
   assert n == _size(ours)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_torch_peer_is_our_function(name, close, jit):
   torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -259,7 +261,7 @@ def test_a_step_is_measured_in_every_form(measure, tmp_path):
     train_step.figure(lone, tmp_path / "none.png")
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 def test_several_steps_per_dispatch_in_half_precision(measure):
   rows = measure(
     ["plain", "factored"],
@@ -271,6 +273,7 @@ def test_several_steps_per_dispatch_in_half_precision(measure):
   assert {row["dtype"] for row in rows} == {"bfloat16"}
 
 
+@pytest.mark.quick(0)
 def test_the_torch_peer_answers(measure):
   pytest.importorskip("torch", reason="PyTorch is not installed")
   dense, peer = measure(["dense", "torch_factored"], batch_size=2)
@@ -449,7 +452,7 @@ def test_floors_count_what_a_layer_must_do_and_move():
   assert rank1 == pytest.approx(2 * (2 * 6 * 4 + 8))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 def test_products_measures_forms_that_are_what_they_say():
   limits = products.ceilings("float32", 16, 1024)
   assert min(limits.values()) > 0
@@ -614,7 +617,7 @@ def test_processes_meet_and_agree():
   assert "agree / differ" in lines[0] and f"{row['agree']:.3f}" in lines[2]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 def test_a_state_is_saved_in_parts_by_real_processes():
   row = sharded_save.measure("parts", 16, 2)
   assert row["way"] == "parts" and row["processes"] == 2

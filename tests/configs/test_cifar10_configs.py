@@ -18,7 +18,7 @@ from maestro.cost.count import count_cost
 from maestro.errors import Interrupted, UserError
 from maestro.models import MODELS
 from maestro.runs import metrics
-from maestro.training import build, optim
+from maestro.training import build, schedules
 from maestro.training.config import clock_of, parse
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_the_networks_are_those_of_the_paper(name):
 
 def schedule(c, steps_per_epoch):
   sections = {p: getattr(c, p).schedule for p in ("discover", "settle")}
-  return optim.make_schedule(sections, clock_of(c, steps_per_epoch))
+  return schedules.make(sections, clock_of(c, steps_per_epoch))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

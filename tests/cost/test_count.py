@@ -146,6 +146,7 @@ def test_counts_are_the_sizes_of_the_truncated_leaves(case):
         assert (row.params, row.bytes) == (n, size * n)
 
 
+@pytest.mark.quick(5)
 def test_counts_take_abstract_parameters(case):
   abstract = jax.eval_shape(lambda p: p, case.factored)
   ranks = case.ranks("half")

@@ -254,6 +254,7 @@ def test_whole_tinyshakespeare(options):
     )
 
 
+@pytest.mark.quick(0)
 def test_whole_wikitext2():
   pytest.importorskip("tokenizers", reason="pip install '.[text]'")
   whole = whole_set("wikitext2", "wikitext-2")

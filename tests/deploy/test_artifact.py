@@ -104,7 +104,7 @@ def flip(path, at):
   path.write_bytes(data)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", RANKS)
 def test_a_profile_is_the_extracted_network(template, close, name):
   out, params, layers = template

@@ -121,6 +121,7 @@ def test_its_weights_are_marked_as_those_of_any_export(exported):
     assert reader.metadata == METADATA
 
 
+@pytest.mark.quick(0)
 def test_a_size_that_is_not_there_is_told(exported):
   with pytest.raises(ArtifactError, match="holds no profile that small"):
     maestro.load(exported[0], budget="macs:0.01")

@@ -83,7 +83,7 @@ def flips(directory, copy, n, seed):
     shutil.copy(directory / path.name, path)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 def test_flipped_bits_change_no_result(exported, tmp_path):
   wanted = loads(exported)
   for name in flips(exported, tmp_path / "copy", 40, seed=0):
@@ -201,7 +201,7 @@ def _fill_header(directory):
   artifact.write_config(directory, config)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("spoil", [_ask_for_layers, _fill_header])
 def test_more_than_the_model_has_is_refused_quickly(
   spoil, exported, tmp_path, monkeypatch

@@ -114,7 +114,7 @@ def exported(tmp_path_factory, random_run, sizes_of):
 X = np.random.default_rng(1).standard_normal((64, 8, 8, 1)).astype(np.float32)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", RANKS)
 def test_every_size_of_one_file_is_within_a_hundredth(exported, name):
   root, _ = exported
@@ -218,6 +218,7 @@ class Normed(flax.linen.Module):
     return nn.Dense(10, name="head")(jax.nn.relu(x).mean((1, 2)))
 
 
+@pytest.mark.quick(0)
 def test_what_was_compared_is_what_is_written(tmp_path):
   model, x = Normed(), jax.ShapeDtypeStruct((1, 8, 8, 1), "float32")
   variables = jax.jit(model.init)(jax.random.key(0), np.ones(x.shape))

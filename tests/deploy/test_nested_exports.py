@@ -49,7 +49,7 @@ def dataset(run):
 OPTIONS = exporting.Options(stablehlo=False, repeats=0)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 def test_one_file_has_every_level_as_it_was_trained(run, dataset, tmp_path):
   run, results = run
   config = exporting.export(

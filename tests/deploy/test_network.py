@@ -78,7 +78,7 @@ def _equal(found, expected):
   )
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 def test_it_is_exported_and_loaded(case, tmp_path):
   run, x, told = case
   sizes = [
@@ -127,7 +127,7 @@ def test_it_is_judged_by_data_of_its_own():
   assert rows[1]["fraction"]["macs"] <= 0.5
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 def test_its_own_ranks_are_kept(tmp_path):
   model, x = MLP(num_classes=10, features=(24, 16)), jnp.zeros((1, 8, 8))
   params = model.init(jax.random.key(0), x)["params"]

@@ -45,7 +45,7 @@ def logits(run, dataset, ranks=None):
   return run.model.apply({"params": params}, x)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 def test_the_function_stays_and_prefixes_lose_less(run, dataset):
   new = reorder.reordered(run, dataset)
   want = np.asarray(logits(run, dataset))

@@ -60,6 +60,7 @@ def reference(directory, name):
   return np.asarray(model.apply(variables, X))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", RANKS)
 def test_the_numpy_reader_runs_every_size(exported, docs, close, name):
   code, names = docs

@@ -129,6 +129,7 @@ def _images(x):
 QUICK = {"linear_map", "mlp", "lenet", "resnet18", "resnext50_32x4d"}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   "name",
   [
@@ -170,6 +171,7 @@ def test_every_size_computes_the_same(name, exported, jit, close, monkeypatch):
   close(found, wanted, 1e-4)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", sorted(NETWORKS.keys() - QUICK))
 def test_every_network_is_one_of_layers_as_large_as_its_weights(name):
   from maestro.deploy import torch_networks  # needs PyTorch
@@ -252,6 +254,7 @@ def test_without_pytorch_the_remedy_is_told(exported, monkeypatch):
     maestro.to_torch(directory)
 
 
+@pytest.mark.quick(0)
 def test_weights_of_pytorch_come_back_smaller(tmp_path, jit, close):
   """The chain of docs/from_torch.md, for which no run was trained."""
   model = models.ResNet18(num_classes=5, width=4, stage_sizes=(1, 1))

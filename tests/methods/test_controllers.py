@@ -89,6 +89,7 @@ def test_weights_count_groups_layer_by_layer(case, kind, close):
   assert float(whole) == pytest.approx(float(total), rel=1e-5)
 
 
+@pytest.mark.quick(2)
 def test_layers_without_a_weight_count_once(case, close):
   some = dict.fromkeys(list(trees.factored(case.factored))[:1], 1.0)
   plain = prox.prox(case.factored, case.full, 0.05)
@@ -211,6 +212,7 @@ def records(workdir):
   return [json.loads(line) for line in lines]
 
 
+@pytest.mark.quick(0)
 def test_a_run_comes_to_its_budget_without_a_lambda(run):
   results, workdir = run
   share = results["final"]["macs"] / results["dense"]["macs"]
@@ -222,7 +224,7 @@ def test_a_run_comes_to_its_budget_without_a_lambda(run):
   assert sum(a > b for a, b in itertools.pairwise(costs)) >= 5
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 def test_a_run_stopped_within_discover_goes_on_with_its_weight(run, tmp_path):
   results, workdir = run
 

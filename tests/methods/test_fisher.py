@@ -245,6 +245,7 @@ def test_prefixes_lose_what_is_told_and_less_than_others(name, cases):
       assert lost[0] <= lost[1] + 1e-6
 
 
+@pytest.mark.quick(3)
 def test_tails_fall_from_one_to_zero(case):
   layers = selected(case)
   found = moments_of(case)

@@ -253,6 +253,7 @@ def dense(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.quick(0)
 def test_svd_is_the_truncation_of_the_trained_kernels(tmp_path, dense):
   train.train(config("svd"), tmp_path)
   params, _ = saved(tmp_path)

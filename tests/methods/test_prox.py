@@ -134,6 +134,7 @@ def test_the_cases_above_keep_all_some_and_no_components():
   assert ranks[0] == 9 > ranks[1] > ranks[2] > 0
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("t", [0.05, 0.4, 2.0])
 def test_fulfils_the_optimality_condition(kind, t):
@@ -195,6 +196,7 @@ def test_strength_zero_is_the_identity(kind):
   _equal(prox.prox(tree, None, 0.0, kind), tree)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_huge_strength_leaves_exact_zeros(kind):
   tree = _single(_tree())
@@ -221,7 +223,7 @@ def test_later_components_shrink_more():
     assert np.all((after != 0) == alive[:, None])
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_firmly_non_expansive(kind):
   """||p - q||^2 <= <p - q, x - y> for p, q = prox(x), prox(y)."""

@@ -164,7 +164,7 @@ def test_every_form_of_ranks_is_the_same_network(name, close):
   assert np.max(np.abs(sampled - whole)) > 1e-2 * scale
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("name", ["transformer", "gpt", "vit"])
 def test_a_scan_of_blocks_is_the_blocks(name, close):
   loop, x, _, _ = made(name)
@@ -191,7 +191,7 @@ def test_a_scan_of_blocks_is_the_blocks(name, close):
   )
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("name", ["pre-norm", "gpt", "rotary gpt"])
 def test_token_by_token_is_all_at_once(name, close):
   model, x, _, _ = made(name)

@@ -313,7 +313,7 @@ def _shapes_of_products(f, *args):
   }
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rank", [None, 7, 5, 2, 0, "traced"])
 @pytest.mark.parametrize("kind", ["dot", "conv"])
 def test_factors_multiplied_out_give_the_same(kind, rank):

@@ -86,7 +86,7 @@ def check(found, wanted, rank, bar):
   assert not du[:, rank:].any() and not dv[rank:].any(), rank  # to the bit
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   ("case", "dtype", "interpret"),
   [
@@ -208,7 +208,7 @@ def test_vmap_and_gradients_under_it(axes, jit):
   alike(run(kernels("rests")), run(masked))
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   "outer",
   [(0, None, None, 0, None, 0), (0,) * 6, (None,) * 5 + (0,)],
@@ -268,6 +268,7 @@ def collectives(text):
   }
 
 
+@pytest.mark.quick(0)
 def test_rows_over_devices_stay_where_they_are(jit):
   mesh = jax.make_mesh(
     (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -294,6 +295,7 @@ def test_rows_over_devices_stay_where_they_are(jit):
   alike(jit(run)(*odd), both_ways(masked, *odd), 2e-5)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
   ("form", "check_vma"), [(dot, True), (by_masks, True), (by_masks, False)]
 )
@@ -343,6 +345,7 @@ def test_leading_axes_and_static_ranks_are_as_for_masks():
   assert "pallas_call" not in found and found.count("dot_general") == 2
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
   "shape", [(0, 4, 3, 5), (2, 0, 3, 5), (2, 4, 3, 0), (2, 4, 0, 5)]
 )

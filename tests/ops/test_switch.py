@@ -89,7 +89,7 @@ def test_outputs_and_gradients_at_every_rank(shape, dtype, counted):
   assert traced.times == 1
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("shape", [(6, 32, 16, 24), (64, 16, 16, 16)])
 def test_what_is_beyond_the_rank_is_never_read(shape):
   x, u, v, g, bias = arrays(shape)
@@ -336,7 +336,7 @@ def test_forward_mode_is_left_to_xla():
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
   "options",

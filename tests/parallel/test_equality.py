@@ -224,6 +224,7 @@ def test_data_parallel_devices_exchange_gradients_of_factors():
   assert len(found) - len(gradients) < 20  # scalars: loss and metrics
 
 
+@pytest.mark.quick(0)
 def test_fsdp_devices_gather_nothing_but_parameters():
   found, params = exchanged(MeshShape(data=1, fsdp=4))
   sizes = {x.shape for x in jax.tree.leaves(params)}

@@ -305,6 +305,7 @@ def finished(command, tmp_path_factory):
   return root
 
 
+@pytest.mark.quick(0)
 def test_sigterm_to_one_process_saves_and_stops_all(finished):
   log = (finished / "stopped" / "log.txt").read_text()
   assert "saved" in log and "Traceback" not in log

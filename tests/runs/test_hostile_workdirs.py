@@ -117,7 +117,7 @@ def check(workdir, copy, reads, damage, n, seed, capfd):
       assert "Traceback" not in text.err, (name, read.__name__)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("damage", [flipped, truncated])
 def test_damage_changes_no_result(damage, finished, tmp_path, capfd):
   reads = (read_runs, metrics.read, reported, trained)

@@ -157,6 +157,7 @@ def test_the_average_follows_its_equation_and_changes_nothing_else(
   close(found[-1].replace(ema={}), plain, 1e-5)
 
 
+@pytest.mark.quick(0)
 def test_cutting_the_average_is_the_average_of_what_is_cut(begun, close):
   t, state, data = begun(ema=0.8)
   tx = t.optimizer(t.clock.discover)[1]
@@ -175,6 +176,7 @@ def test_cutting_the_average_is_the_average_of_what_is_cut(begun, close):
   close(late.ema, early.ema, 1e-4)
 
 
+@pytest.mark.quick(0)
 def test_the_average_lies_where_the_parameters_do(begun):
   t, state, data = begun(ema=0.8, mesh={"data": 2, "fsdp": 4})
   placement = dataclasses.replace(t.placement, smallest=1)
@@ -189,7 +191,7 @@ def test_the_average_lies_where_the_parameters_do(begun):
   assert np.isfinite(np.asarray(state.ema["params"]["fc1"]["u"])).all()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("saves", [1, 2])
 def test_a_killed_run_resumes_with_its_average(
   saves, averaged, tmp_path, monkeypatch

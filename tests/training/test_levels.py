@@ -140,6 +140,7 @@ def test_the_loop_trains_as_it_is_written_here(name, request):
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.quick(0)
 def test_a_taught_step_costs_its_level_and_the_largest(finished, taught):
   plain, both = (run[0]["train"]["macs_total"] for run in (finished, taught))
   t = build.make_training(parse(config()))
@@ -151,6 +152,7 @@ def test_a_taught_step_costs_its_level_and_the_largest(finished, taught):
   assert both == plain + 3 * 64 * steps * macs
 
 
+@pytest.mark.quick(0)
 def test_a_taught_step_keeps_statistics_of_both_levels():
   changed = config(
     model={"name": "resnet18", "width": 4, "stage_sizes": [1]},

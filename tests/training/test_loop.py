@@ -308,6 +308,7 @@ def odd(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.quick(0)
 def test_phases_and_periods_may_end_within_an_epoch(odd):
   records = {r["step"]: r for r in metrics.read(odd)}
   assert list(records) == [0, 4, 5, 6, 8, 10, 12, 13, 15, 16, 19]
@@ -322,6 +323,7 @@ def test_phases_and_periods_may_end_within_an_epoch(odd):
   assert falls == [False] * 2 + [True] + [False] * 2 + [True] * 2 + [False] * 3
 
 
+@pytest.mark.quick(0)
 def test_means_are_of_whole_epochs_or_of_what_came_since(odd, tmp_path):
   train.train(config(ODD | {"log_every": "steps:1"}), tmp_path / "each")
   single = {r["step"]: r for r in metrics.read(tmp_path / "each")}
@@ -561,6 +563,7 @@ def test_bad_config_is_named_before_anything_is_written(name, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.quick(0)
 def test_a_workdir_of_another_config_is_left_alone(reference):
   before = files_of(reference)
   with pytest.raises(UserError, match=r"another config.*discover.lam.*workdir"):
@@ -670,6 +673,7 @@ def test_ranks_that_did_not_move_raise_an_alarm(tmp_path, capsys):
   assert f"alarm: {alarm}" in capsys.readouterr().out
 
 
+@pytest.mark.quick(0)
 @pytest.mark.usefixtures("quickly")
 def test_a_layer_that_died_raises_an_alarm_once(tmp_path):
   changes = SHORT | {"discover.epochs": 2, "threshold": 1e3}
@@ -717,6 +721,7 @@ def test_a_run_starts_from_the_ranks_of_another(tmp_path, reference):
   assert record["val/loss"] == pytest.approx(wanted["loss"], abs=1e-5)
 
 
+@pytest.mark.quick(0)
 @pytest.mark.usefixtures("quickly")
 def test_several_steps_a_dispatch_train_as_one(tmp_path):
   runs = []

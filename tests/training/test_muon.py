@@ -78,6 +78,7 @@ def test_steps_are_those_of_the_published_rule(close):
     close(found, adam.update(grads[name], other, params[name])[0])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("factored", [False, True])
 def test_matrices_are_kernels_and_factors_each_by_itself(factored, close):
   layers, params = network()

@@ -14,7 +14,7 @@ from maestro import lowrank
 from maestro.lowrank import Rule
 from maestro.models.mlp import MLP
 from maestro.schema import ConfigError
-from maestro.training import optim
+from maestro.training import optim, schedules
 from maestro.training.durations import Clock
 
 # ---------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def make_schedule(phases, steps_per_epoch):
   clock = Clock(
     steps_per_epoch, 1, **{name: n * steps_per_epoch for name, n, _ in phases}
   )
-  return optim.make_schedule(sections, clock)
+  return schedules.make(sections, clock)
 
 
 def rates(phases, steps_per_epoch, steps):
@@ -356,8 +356,8 @@ def test_a_discover_that_ends_early_leaves_its_rates_and_settle_the_rest(end):
     "settle": {"name": "cosine", "learning_rate": 1.0},
   }
   clock = Clock(10, 1, discover=20, settle=20)
-  planned = optim.make_schedule(sections, clock)
-  found = optim.make_schedule(sections, clock, end)
+  planned = schedules.make(sections, clock)
+  found = schedules.make(sections, clock, end)
   for step in range(end):
     assert float(found(step)) == float(planned(step))
   assert float(found(end)) == 1.0
@@ -513,7 +513,7 @@ def test_the_inverse_root_goes_on_where_an_earlier_phase_ended():
     "warmup": "steps:4",
   }
   clock = Clock(10, 1, discover=30, settle=20)
-  one = optim.make_schedule(
+  one = schedules.make(
     {"discover": section, "settle": section | {"begun": "steps:30"}}, clock
   )
   found = [float(one(step)) for step in (0, 1, 3, 15, 29, 30, 35)]
@@ -522,9 +522,9 @@ def test_the_inverse_root_goes_on_where_an_earlier_phase_ended():
   # With this peak it is Noam's: width^-1/2 min(i^-1/2, i warmup^-3/2).
   width, warmup = 8, 4
   peak = (width * warmup) ** -0.5
-  noam = optim.inverse_sqrt(clock, 30, learning_rate=peak, warmup="steps:4")
+  noam = schedules.inverse_sqrt(clock, 30, learning_rate=peak, warmup="steps:4")
   for i in (1, 3, 4, 5, 9):
     rate = width**-0.5 * min(i**-0.5, i * warmup**-1.5)
     np.testing.assert_allclose(noam(i - 1), rate, rtol=1e-6)
   with pytest.raises(ConfigError, match=r"schedule\.warmup: 'steps:0'"):
-    optim.inverse_sqrt(clock, 30, learning_rate=1.0, warmup="steps:0")
+    schedules.inverse_sqrt(clock, 30, learning_rate=1.0, warmup="steps:0")

@@ -97,6 +97,7 @@ def test_all_heats_of_a_shape_share_a_program(finished):
   assert len(steps) <= 4  # three heats, and the winner's own
 
 
+@pytest.mark.quick(0)
 def test_a_stopped_race_begins_anew_to_the_same_numbers(
   finished, tmp_path, monkeypatch
 ):
@@ -156,6 +157,7 @@ def test_ranks_may_rise_above_every_proposal(regrow, tmp_path, monkeypatch):
   assert results["final"]["macs"] <= 0.4 * results["dense"]["macs"]
 
 
+@pytest.mark.quick(0)
 def test_a_candidate_trains_as_if_it_were_alone(finished):
   """In the shapes of another profile, and cut afterwards: the same steps."""
   _, workdir = finished
@@ -196,12 +198,14 @@ def test_a_settle_phase_may_be_shorter_than_its_race(tmp_path):
   assert results["steps"] == 21 and results["race"]["heats"]
 
 
+@pytest.mark.quick(0)
 def test_one_proposal_needs_no_race(tmp_path, capsys):
   results = loop.train(config(budget="macs:1.0"), tmp_path)
   assert results["race"]["heats"] == [] and results["race"]["macs"] == 0
   assert "none is needed" in capsys.readouterr().out
 
 
+@pytest.mark.quick(0)
 def test_a_profile_that_diverges_is_left_behind(tmp_path, monkeypatch, capsys):
   run_round, seen = racing.run_round, []
 

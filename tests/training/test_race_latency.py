@@ -187,7 +187,7 @@ def test_a_budget_too_small_is_named(tmp_path, monkeypatch):
   assert not (tmp_path / "metrics.jsonl").exists()  # before anything is trained
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("ms", [6, 100])
 def test_a_budget_above_the_dense_network_is_the_whole(
   ms, tmp_path, monkeypatch

@@ -137,6 +137,7 @@ def test_a_translator_learns_resumes_and_ships(folder, tmp_path, monkeypatch):
   )
 
 
+@pytest.mark.quick(0)
 def test_translations_are_the_best_next_words_of_the_network(
   folder, monkeypatch
 ):

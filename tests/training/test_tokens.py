@@ -131,6 +131,7 @@ def test_distillation_is_of_tokens_that_count():
   np.testing.assert_allclose(both, one, rtol=1e-6)
 
 
+@pytest.mark.quick(0)
 def test_a_step_minimises_the_mean_over_tokens(close):
   params, ranks = problem()
   split = sentences(BATCH)
@@ -152,7 +153,7 @@ def test_a_step_minimises_the_mean_over_tokens(close):
   )
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("longest", [2, 5, 8])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_batch_at_its_own_length_is_the_whole_one(longest, accumulate, close):
@@ -162,7 +163,7 @@ def test_a_batch_at_its_own_length_is_the_whole_one(longest, accumulate, close):
   assert_close_to_the_largest(found, want)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize(
   "options",
   [
@@ -206,7 +207,7 @@ def assert_close_to_the_largest(found, want):
     np.testing.assert_allclose(a, b, atol=3e-5 * most)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(0)
 @pytest.mark.parametrize("batch_size", [3, 8])
 def test_evaluation_and_judgement_are_means_over_tokens(batch_size):
   params, _ = problem()
