@@ -46,6 +46,7 @@ from maestro.training import opened
 
 def _define_flags() -> None:
   # Not at import: other command lines that use this module have their own.
+  cli.define_allow_import()
   flags.DEFINE_string("workdir", None, "Directory of the run.")
   flags.DEFINE_string(
     "data_dir", None, "Prepared data; the default is TFDS_DATA_DIR."

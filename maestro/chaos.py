@@ -199,10 +199,10 @@ def main(argv: list[str]) -> None:
 
 
 def flags_of_config(argv: list[str]) -> list[str]:
-  """The flags of a command line that set the config or a key of it."""
+  """The flags of a command line by which it has its config."""
   own = []
   for arg, following in zip(argv[1:], [*argv[2:], ""], strict=True):
-    if arg.startswith("--config"):
+    if arg.startswith(("--config", "--allow_import")):
       own.append(arg if "=" in arg else f"{arg}={following}")
   return own
 

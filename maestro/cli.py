@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
+from maestro import targets
 from maestro.errors import (
   EXIT_ERROR,
   EXIT_INTERRUPTED,
@@ -61,10 +62,22 @@ def _parse(argv: list[str]) -> list[str]:
       f"--config: the file cannot be run: {type(error).__name__}:"
       f" {' '.join(str(error).split())}"
     ) from error
+  if "allow_import" in flags.FLAGS:
+    targets.allow(flags.FLAGS.allow_import)
   # absl's app would default to INFO, at which libraries are talkative.
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   return rest
+
+
+def define_allow_import() -> None:
+  """Defines --allow_import, of commands that build what a config describes."""
+  flags.DEFINE_list(
+    "allow_import",
+    [],
+    "Modules of your own that config.model.target and config.data.target may"
+    " name, e.g. my_package.networks; they are run.",
+  )
 
 
 def config_of(value: Any) -> dict:

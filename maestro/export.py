@@ -36,6 +36,7 @@ from maestro.training import opened
 
 def define_flags() -> None:
   """Defines the command line; not at import, as flags are one global set."""
+  cli.define_allow_import()
   flags.DEFINE_string("workdir", None, "Directory of the run.")
   flags.DEFINE_string("out", None, "Directory to write.")
   flags.DEFINE_enum(

@@ -115,7 +115,8 @@ def fit(
   shape = " x ".join(f"{k}={n}" for k, n in mesh.shape.items() if n > 1)
   print(
     f"{topology.name}: a mesh of {shape or 1}, {_gib(gib)} each; batch"
-    f" {c.batch_size:,}; {c.model['name']} on {c.data['name']}, method"
+    f" {c.batch_size:,}; {c.model.get('name') or c.model['target']} on"
+    f" {c.data.get('name') or c.data['target']}, method"
     f" {c.method.name}",
     flush=True,
   )

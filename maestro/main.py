@@ -77,6 +77,7 @@ _CACHE = flags.DEFINE_string(
   "Directory of compiled programs, which later runs take from it; the default"
   " is JAX_COMPILATION_CACHE_DIR, or none.",
 )
+cli.define_allow_import()
 
 
 def default_workdir(config: str) -> pathlib.Path:

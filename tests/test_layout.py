@@ -94,6 +94,7 @@ ROOMS = (
     "lowrank",
     "sampling",
     "schema",
+    "targets",
     "ops",
   ),
   *(

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maestro import streams
+from maestro import streams, targets
 from maestro.data import (
   digits,
   image,
@@ -29,8 +29,9 @@ from maestro.data.dataset import (
   Split,
   Vocabulary,
   epoch_order,
+  identity,
 )
-from maestro.schema import bind, choose
+from maestro.schema import bind
 
 __all__ = [
   "DATASETS",
@@ -40,6 +41,7 @@ __all__ = [
   "Vocabulary",
   "choice",
   "epoch_order",
+  "identity",
   "make",
   "outline",
 ]
@@ -62,12 +64,16 @@ _OUTLINES = {
 
 
 def make(
-  name: str, *, data_dir: str | os.PathLike | None = None, **options
+  name: str | None = None,
+  *,
+  data_dir: str | os.PathLike | None = None,
+  **options,
 ) -> Dataset:
   """Load a data set by its name, as `make(**config.data)`.
 
   Args:
-    name: A key of `DATASETS`.
+    name: A key of `DATASETS`; None with the option `target`, a function of the
+      user's own that returns a `Dataset`, see `maestro.targets`.
     data_dir: Where prepared data sets are. None: the environment variable
       TFDS_DATA_DIR, else ~/tensorflow_datasets. Sets without files ignore it.
     **options: The keyword arguments of `DATASETS[name]`; None means default.
@@ -77,10 +83,16 @@ def make(
     DataError: If the data cannot be read, or options do not go together.
   """
   load, given = _bound({"name": name, "data_dir": data_dir, **options})
-  return load(**given)
+  dataset = load(**given)
+  if not isinstance(dataset, Dataset):
+    raise DataError(
+      f"config.data.target: {options.get('target')!r} returned a"
+      f" {type(dataset).__name__}; it must return a maestro.data.Dataset"
+    )
+  return dataset
 
 
-def outline(name: str, **options) -> Dataset:
+def outline(name: str | None = None, **options) -> Dataset:
   """Returns the sizes, types and preprocessing of a data set, without files.
 
   The numbers of sets that are read from files are all zero, and take no memory;
@@ -91,16 +103,16 @@ def outline(name: str, **options) -> Dataset:
     ConfigError: If the name or an option is unknown or out of range.
     DataError: If options do not go together.
   """
-  load, given = _bound({"name": name, "data_dir": None, **options})
   if name not in _OUTLINES:
-    return load(**given)
+    return make(name, **options)
+  _, given = _bound({"name": name, "data_dir": None, **options})
   given.pop("data_dir", None)
   return _OUTLINES[name](**given)
 
 
 def _bound(section: dict[str, Any]) -> tuple[Callable[..., Dataset], dict]:
   """Returns how config.data is loaded, and its options, checked."""
-  load, options = choose(DATASETS, section, "config.data")
+  load, options = targets.choose(DATASETS, section, "config.data")
   if "data_dir" not in inspect.signature(load).parameters:
     del options["data_dir"]
   given = {k: v for k, v in options.items() if v is not None}

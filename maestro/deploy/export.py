@@ -301,7 +301,7 @@ def _architecture(run: opened.Run) -> tuple[str, dict[str, Any] | None]:
   without options: such an export is loaded with `model=`.
   """
   section, kind = dict(run.config.model), type(run.model)
-  name = section.pop("name")
+  name = section.pop("name", None)
   options = {k: v for k, v in section.items() if v is not None}
   if MODELS.get(name) is kind:
     if "num_classes" in kind.__dataclass_fields__:

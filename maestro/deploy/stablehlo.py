@@ -45,10 +45,12 @@ def write(
       exported = jax.export.export(forward, platforms=PLATFORMS)(x)
     data = exported.serialize()
   except Exception as error:  # whatever a lowering may raise
+    why = str(error).strip().splitlines()[0]
+    if "_DimExpr" in why and isinstance(error, TypeError):
+      why += " (of a batch of any size, x.shape[0] is known, but not len(x))"
     raise StableHloError(
       f"the network cannot be lowered for {', '.join(PLATFORMS)} and any batch"
-      f" size: {str(error).strip().splitlines()[0]}; leave {path.name} out by"
-      " --nostablehlo"
+      f" size: {why}; leave {path.name} out by --nostablehlo"
     ) from error
   with path.open("xb") as file:
     file.write(data)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.errors import FlaxError
 
 from maestro import data as data_lib
 from maestro import introspect as nn
-from maestro import ops, sampling, streams
+from maestro import ops, sampling, streams, targets
+from maestro.adapt import factored
 from maestro.cost.count import Cost, count_cost
 from maestro.data.dataset import example_lengths
 from maestro.errors import UserError
@@ -22,7 +25,7 @@ from maestro.models import MODELS
 from maestro.parallel.mesh import BATCH, Mesh, batch_devices, make_mesh
 from maestro.parallel.rules import Placement
 from maestro.runs import compiler
-from maestro.schema import ConfigError, bind, choose
+from maestro.schema import ConfigError, bind
 from maestro.training import (
   levels,
   losses,
@@ -48,18 +51,22 @@ from maestro.training.judge import make_judge
 from maestro.training.levels import Level
 from maestro.training.state import TrainState, new_state
 from maestro.training.step import make_dispatch, make_step
-from maestro.trees import LayerSpec, Tree
+from maestro.trees import LayerSpec, LowRankError, Tree
 
 
 def make_model(c: Config, facts: Facts) -> Any:
-  """Builds config.model for a data set."""
+  """Builds config.model for a data set.
+
+  A model of the user's own runs on factors by `maestro.factored`.
+  """
   where = "config.model"
-  cls, options = choose(MODELS, c.model, where)
-  given = {}
-  if "num_classes" in cls.__dataclass_fields__:
+  make, options = targets.choose(MODELS, c.model, where)
+  given, own = {}, c.model.get("target") is not None
+  takes = inspect.signature(make).parameters
+  if "num_classes" in takes and "num_classes" not in options:
     if facts.num_classes is None:
       raise ConfigError(
-        f"{where}.name: {c.model['name']!r} classifies, but the targets of"
+        f"{targets.shown(c.model, where)} classifies, but the targets of"
         f" {facts.data!r} are not classes"
       )
     given = {"num_classes": facts.num_classes}
@@ -68,7 +75,11 @@ def make_model(c: Config, facts: Facts) -> Any:
       f"config.loss: {c.loss!r} does not fit the targets of {facts.data!r};"
       ' classes need "cross_entropy", vectors "squared_error"'
     )
-  return cls(**bind(cls, options, where, tuple(given)), **given)
+  model = make(**bind(make, options, where, tuple(given)), **given)
+  try:
+    return factored(model) if own else model
+  except LowRankError as error:
+    raise ConfigError(f"{targets.shown(c.model, where)}: {error}") from error
 
 
 @runtime_checkable
@@ -344,12 +355,16 @@ def _stored(
   return start.trained(source, layers, shapes["params"])
 
 
-def _check_fit(c: Config, model: Any, facts: Facts, targets: Any) -> None:
+# What a network raises of inputs that are not for it.
+_UNFIT = (AttributeError, IndexError, TypeError, ValueError, FlaxError)
+
+
+def _check_fit(c: Config, model: Any, facts: Facts, wanted: Any) -> None:
   """Raises unless a model takes a data set's inputs and predicts its targets.
 
   A row of labels is predicted one by one, a class or a vector as a whole.
   """
-  names = f"config.model.name: {c.model['name']!r}"
+  names = targets.shown(c.model, "config.model")
   inputs = f"{facts.input_dtype}{list(facts.input_shape)}"
   remedy = f"choose another, or other data than {facts.data!r}"
   try:
@@ -358,12 +373,12 @@ def _check_fit(c: Config, model: Any, facts: Facts, targets: Any) -> None:
     )
   except UserError:  # of an option, which it names
     raise
-  except (AttributeError, IndexError, TypeError, ValueError) as error:
+  except _UNFIT as error:
     text = str(error).strip().partition("\n")[0]
     raise ConfigError(
       f"{names} does not take inputs {inputs} of an example ({text}); {remedy}"
     ) from error
-  shape = (1, *targets.shape[1:])
+  shape = (1, *wanted.shape[1:])
   if facts.num_classes is not None:
     shape = (*shape, facts.num_classes)
   if getattr(y, "shape", None) != shape:
@@ -399,7 +414,7 @@ def _steps_per_epoch(c: Config, n: int, devices: int) -> int:
   if c.batch_size > n:
     raise ConfigError(
       f"config.batch_size: {c.batch_size} is larger than the training split of"
-      f" {c.data['name']!r}, {n} examples"
+      f" ({targets.shown(c.data, 'config.data')}), {n} examples"
     )
   if c.batch_size % devices:
     nearest = _nearest(c.batch_size, devices)

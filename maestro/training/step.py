@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from maestro import lowrank
+from maestro.introspect import mode
 from maestro.parallel.mesh import split_batch
 from maestro.parallel.rules import Placement
 from maestro.training import average, losses
@@ -217,18 +218,19 @@ def _make_task(
   `ranks` are those sampled and those that are live; `carried` the statistics of
   the network that runs at the first ones, and of the whole one.
   """
+  told = mode(model, train=True)
 
   def apply(params, ranks, stats, x, key):
     variables = {"params": params}
     if ranks:
       variables["ranks"] = ranks
     if not stats:
-      y = model.apply(variables, x, train=True, rngs={"dropout": key})
+      y = model.apply(variables, x, **told, rngs={"dropout": key})
       return y, stats
     y, updates = model.apply(
       variables | {"batch_stats": stats},
       x,
-      train=True,
+      **told,
       rngs={"dropout": key},
       mutable=["batch_stats"],
     )
