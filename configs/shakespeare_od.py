@@ -88,5 +88,9 @@ def get_config(arg: str = "") -> ConfigDict:
   common.go(c, variants, warm_up=warm_up, default="race")
   if c.method == "race":
     c.budget = "macs:0.5"
+  if c.method == "maestro":  # whose lasso is in the loss: no step of one size
+    peak *= c.optimizer.adam_rate
+    del c.optimizer.adam_rate
+    c.optimizer.name = "adamw"
   one_line(c, peak)
   return c.lock()
