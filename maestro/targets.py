@@ -32,6 +32,8 @@ def choose(
 ) -> tuple[Any, dict[str, Any]]:
   """Splits {"name" or "target": ..., options} into a function and its options.
 
+  Beside a name, `target` is an option as any other.
+
   Args:
     table: what there is by name.
     section: of the config.
@@ -41,23 +43,20 @@ def choose(
     ConfigError: the name is unknown; the target's module was not allowed,
       cannot be imported, or does not have it.
   """
-  target = section.get("target")
-  if target is None:
-    return schema.choose(
-      table, {k: v for k, v in section.items() if k != "target"}, where
-    )
-  if section.get("name") is not None:
-    raise ConfigError(
-      f"{where}: both name={section['name']!r} and target={target!r} are given;"
-      " leave one out"
-    )
+  if not is_own(section):
+    return schema.choose(table, section, where)
   options = {k: v for k, v in section.items() if k not in ("name", "target")}
-  return _find(target, f"{where}.target"), options
+  return _find(section["target"], f"{where}.target"), options
+
+
+def is_own(section: Mapping[str, Any]) -> bool:
+  """Whether a section names code of the user's own."""
+  return section.get("name") is None and section.get("target") is not None
 
 
 def shown(section: Mapping[str, Any], where: str) -> str:
   """How errors name what a section chose: "config.model.name: 'gpt'"."""
-  key = "name" if section.get("target") is None else "target"
+  key = "target" if is_own(section) else "name"
   return f"{where}.{key}: {section[key]!r}"
 
 
@@ -71,8 +70,7 @@ def _find(target: Any, where: str) -> Any:
       f"{where}: {target!r} must be 'package.module:name', such as"
       " 'my_package.networks:Net'"
     )
-  prefixes = {".".join(parts[: i + 1]) for i in range(len(parts) - 1)}
-  if not prefixes & _allowed:
+  if not _is_allowed(module):
     raise ConfigError(
       f"{where}: {target!r} is code of its own, which is run only if the"
       f" command line says so; if you trust it, add --allow_import={module}"
@@ -85,8 +83,21 @@ def _find(target: Any, where: str) -> Any:
       f" {' '.join(str(error).split())}); its folder must be the current one,"
       " on PYTHONPATH, or installed"
     ) from error
-  if not callable(getattr(found, name, None)):
+  made = getattr(found, name, None)
+  if not callable(made):
     close = difflib.get_close_matches(name, vars(found), 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(f"{where}: {module!r} has no class {name!r}{hint}")
-  return getattr(found, name)
+  # What a module has imported for itself is no part of it: os.system, say.
+  home = str(getattr(made, "__module__", ""))
+  if not _is_allowed(home):
+    raise ConfigError(
+      f"{where}: {name!r} is not of {module!r} but of {home!r}; name it as"
+      f" '{home}:{name}', with --allow_import={home} if you trust that"
+    )
+  return made
+
+
+def _is_allowed(module: str) -> bool:
+  parts = module.split(".")
+  return any(".".join(parts[: i + 1]) in _allowed for i in range(len(parts)))

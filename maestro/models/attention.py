@@ -342,9 +342,10 @@ def rotate(x: jax.Array, start: Any = 0) -> jax.Array:
   embedding, Su et al., 2021, equation 34).
   """
   angles = _angles(x.shape[1], x.shape[-1], start)[None, :, None]
-  cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
-  a, b = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  return turned.astype(x.dtype)
 
 
 def sinusoids(length: int, width: int, start: Any = 0) -> jax.Array:

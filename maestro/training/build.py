@@ -61,8 +61,7 @@ def make_model(c: Config, facts: Facts) -> Any:
   """
   where = "config.model"
   make, options = targets.choose(MODELS, c.model, where)
-  given, own = {}, c.model.get("target") is not None
-  takes = inspect.signature(make).parameters
+  given, takes = {}, inspect.signature(make).parameters
   if "num_classes" in takes and "num_classes" not in options:
     if facts.num_classes is None:
       raise ConfigError(
@@ -77,7 +76,7 @@ def make_model(c: Config, facts: Facts) -> Any:
     )
   model = make(**bind(make, options, where, tuple(given)), **given)
   try:
-    return factored(model) if own else model
+    return factored(model) if targets.is_own(c.model) else model
   except LowRankError as error:
     raise ConfigError(f"{targets.shown(c.model, where)}: {error}") from error
 

@@ -21,6 +21,7 @@ from maestro.training import build, loop, opened
 from maestro.training.config import parse
 
 CODE = '''
+from os import system
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -156,8 +157,9 @@ def test_a_run_trains_evaluates_and_ships(own, tmp_path, monkeypatch):
     (
       "model",
       {"target": "own_nets:Net", "name": "mlp"},
-      r"both name='mlp'",
+      r"model\.target: unknown key",
     ),
+    ("model", {"target": "own_nets:system"}, r"not of 'own_nets' but of"),
     ("model", {"target": "own_nets:net"}, r"model\.features: missing key"),
     (
       "model",

@@ -465,8 +465,11 @@ def test_the_steps_of_an_epoch_see_every_example_once():
   }
 
   class Probe:
-    def apply(self, variables, x, train, rngs):
-      del train, rngs
+    def __call__(self, x):
+      """Is not told whether it trains."""
+
+    def apply(self, variables, x, rngs):
+      del rngs
       logits = variables["params"]["w"] * jnp.ones((x.shape[0], 2))
       index = x[:, 0].astype(jnp.int32)
       # The gradient for `seen` counts how often an example was used.
