@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "name": "gpt",
       "length": 128,
-      "positions": "rotary",  # learns much faster than a table does
+      "positions": "rotary",
       "layers": 4,
       "width": 128,
       "heads": 4,

@@ -24,12 +24,6 @@ common = types.SimpleNamespace(
 )
 
 
-def one_line(c: ConfigDict, peak: float = 5e-3) -> None:
-  """Sets rates that fall along one line, over both phases."""
-  smoke = c.model.layers == 1
-  common.one_line(c, peak, "steps:2" if smoke else "epochs:0.5")
-
-
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config; `arg` is a comma-separated list of variants."""
   variants = common.variants_of(arg, ["race", "gpu", "smoke"])
@@ -61,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.batch_norm_examples = None
   c.checkpoint.every_epochs = 1
   c.eval_every_epochs = 2
-  epochs, peak = 20, 5e-3
+  epochs, peak, rise = 20, 5e-3, "epochs:0.5"
   if "gpu" in variants:
     c.model.update({"layers": 8, "width": 256, "hidden": 1024, "heads": 8})
     c.model.dtype = "bfloat16"
@@ -81,5 +75,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.batch_size = 64
     c.data.train_examples, c.data.val_examples = 512, 128
     c.discover.epochs = c.settle.epochs = 1
-  one_line(c, peak)
+    rise = "steps:2"
+  common.one_line(c, peak, rise)
   return c.lock()

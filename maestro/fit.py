@@ -28,7 +28,7 @@ import jax
 from absl import flags
 
 import maestro.main  # noqa: F401  (which defines --config)
-from maestro import cli
+from maestro import cli, targets
 from maestro import data as data_lib
 from maestro.errors import UserError
 from maestro.parallel.mesh import Mesh, batch_devices, make_mesh
@@ -115,8 +115,8 @@ def fit(
   shape = " x ".join(f"{k}={n}" for k, n in mesh.shape.items() if n > 1)
   print(
     f"{topology.name}: a mesh of {shape or 1}, {_gib(gib)} each; batch"
-    f" {c.batch_size:,}; {c.model.get('name') or c.model['target']} on"
-    f" {c.data.get('name') or c.data['target']}, method"
+    f" {c.batch_size:,}; {targets.chosen(c.model)} on"
+    f" {targets.chosen(c.data)}, method"
     f" {c.method.name}",
     flush=True,
   )

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from maestro import schema
+from maestro.errors import UserError
 from maestro.schema import ConfigError
 
 _allowed: set[str] = set()
@@ -23,8 +24,17 @@ def allow(modules: Iterable[str]) -> None:
 
   Args:
     modules: names such as "my_package" or "my_package.networks".
+
+  Raises:
+    UserError: one is no name of a module.
   """
-  _allowed.update(modules)
+  for module in modules:
+    if not all(part.isidentifier() for part in module.split(".")):
+      raise UserError(
+        f"--allow_import: {module!r} is no name of a module, such as"
+        " my_package.networks"
+      )
+    _allowed.add(module)
 
 
 def choose(
@@ -57,7 +67,12 @@ def is_own(section: Mapping[str, Any]) -> bool:
 def shown(section: Mapping[str, Any], where: str) -> str:
   """How errors name what a section chose: "config.model.name: 'gpt'"."""
   key = "target" if is_own(section) else "name"
-  return f"{where}.{key}: {section[key]!r}"
+  return f"{where}.{key}: {chosen(section)!r}"
+
+
+def chosen(section: Mapping[str, Any]) -> str:
+  """The name, or the target, that a section gives."""
+  return section["target" if is_own(section) else "name"]
 
 
 def _find(target: Any, where: str) -> Any:

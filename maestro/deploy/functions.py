@@ -34,7 +34,7 @@ from maestro.deploy.directory import (
   STABLEHLO,
   WEIGHTS,
 )
-from maestro.deploy.stablehlo import PLATFORMS
+from maestro.deploy.stablehlo import PLATFORMS, reason
 from maestro.errors import UserError
 from maestro.ops import cpu
 from maestro.runs.provenance import git_commit
@@ -257,7 +257,7 @@ def _lower(
     remedy = f"{_REMEDY}; " if any_batch else ""
     raise FunctionError(
       f"`apply` cannot be lowered for {', '.join(PLATFORMS)}{batch}:"
-      f" {str(error).strip().splitlines()[0]}; {remedy}inputs and outputs are"
+      f" {reason(error)}; {remedy}inputs and outputs are"
       " arrays in dicts, lists and tuples"
     ) from error
   return exported

@@ -10,6 +10,7 @@ import jax.export
 import numpy as np
 
 from maestro.deploy import verify
+from maestro.deploy.stablehlo import reason
 from maestro.errors import UserError
 from maestro.introspect import mode
 
@@ -105,7 +106,7 @@ def write(path: pathlib.Path, model: Any, variables: Any, example: Any) -> None:
   except Exception as error:  # whatever a conversion may raise
     raise OnnxError(
       f"{type(model).__name__} cannot be written as ONNX:"
-      f" {str(error).strip().splitlines()[0]}; leave --onnx out"
+      f" {reason(error)}; leave --onnx out"
     ) from error
 
 

@@ -45,12 +45,9 @@ def write(
       exported = jax.export.export(forward, platforms=PLATFORMS)(x)
     data = exported.serialize()
   except Exception as error:  # whatever a lowering may raise
-    why = str(error).strip().splitlines()[0]
-    if "_DimExpr" in why and isinstance(error, TypeError):
-      why += " (of a batch of any size, x.shape[0] is known, but not len(x))"
     raise StableHloError(
       f"the network cannot be lowered for {', '.join(PLATFORMS)} and any batch"
-      f" size: {why}; leave {path.name} out by --nostablehlo"
+      f" size: {reason(error)}; leave {path.name} out by --nostablehlo"
     ) from error
   with path.open("xb") as file:
     file.write(data)
@@ -68,3 +65,11 @@ def read(path: str | os.PathLike) -> Callable[[Any], jax.Array]:
   """Returns call(inputs) -> outputs of a file that `write` made."""
   data = bytearray(pathlib.Path(path).read_bytes())
   return jax.export.deserialize(data).call
+
+
+def reason(error: Exception) -> str:
+  """What a lowering raised, in a line, and what that means of any batch."""
+  why = str(error).strip().splitlines()[0]
+  if "_DimExpr" in why and isinstance(error, TypeError):
+    why += " (of a batch of any size, x.shape[0] is known, but not len(x))"
+  return why

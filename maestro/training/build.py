@@ -367,8 +367,8 @@ def _check_fit(c: Config, model: Any, facts: Facts, wanted: Any) -> None:
   inputs = f"{facts.input_dtype}{list(facts.input_shape)}"
   remedy = f"choose another, or other data than {facts.data!r}"
   try:
-    y, _ = jax.eval_shape(
-      model.init_with_output, jax.random.key(0), facts.example
+    y = jax.eval_shape(
+      functools.partial(_trained, model), jax.random.key(0), facts.example
     )
   except UserError:  # of an option, which it names
     raise
@@ -386,6 +386,14 @@ def _check_fit(c: Config, model: Any, facts: Facts, wanted: Any) -> None:
       f"{names} makes {found} of an example, {inputs}, where the targets need"
       f" {list(shape[1:])}; {remedy}"
     )
+
+
+def _trained(model: Any, key: jax.Array, x: jax.Array) -> Any:
+  """What a model makes in training of what training keeps of its variables."""
+  variables = model.init(key, x)
+  kept = {k: v for k, v in variables.items() if k in ("params", "batch_stats")}
+  told, rngs = nn.mode(model, train=True), {"dropout": key}
+  return model.apply(kept, x, **told, rngs=rngs, mutable=["batch_stats"])[0]
 
 
 def settings(c: Config) -> methods.Settings:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -173,7 +174,7 @@ def make(
       f"{where}.decay_paths: {options.decay_paths!r} is no regular expression:"
       f" {error}"
     ) from error
-  if own["name"] == "muon":
+  if "layers" in inspect.signature(function).parameters:
     function = functools.partial(function, layers=layers)
   parts = function(schedule, functools.partial(_decayed, pattern))
   if options.clip_norm is not None:

@@ -69,6 +69,20 @@ def nothing():
   return None
 
 
+class Cached(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    seen = self.variable("seen", "n", jnp.zeros, ())
+    return nn.Dense(2)(x.reshape((x.shape[0], -1))) + seen.value
+
+
+class Noisy(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Dropout(0.5, rng_collection="noise")(x, deterministic=not train)
+    return nn.Dense(2)(x.reshape((x.shape[0], -1)))
+
+
 class Plain:
   pass
 '''
@@ -159,6 +173,8 @@ def test_a_run_trains_evaluates_and_ships(own, tmp_path, monkeypatch):
       {"target": "own_nets:Net", "name": "mlp"},
       r"model\.target: unknown key",
     ),
+    ("model", {"target": "own_nets:Cached"}, r"own_nets:Cached.*seen"),
+    ("model", {"target": "own_nets:Noisy"}, r"own_nets:Noisy.*noise"),
     ("model", {"target": "own_nets:system"}, r"not of 'own_nets' but of"),
     ("model", {"target": "own_nets:net"}, r"model\.features: missing key"),
     (
@@ -199,6 +215,12 @@ def test_nothing_is_imported_unless_it_was_allowed(own):
   assert "own_nets" not in sys.modules
   targets.allow(["own_nets"])
   assert build.make_training(parse(config())).layers["Dense_0"].n_out == 12
+
+
+@pytest.mark.parametrize("module", ["own_nets:Net", "own/nets.py", "", "."])
+def test_only_modules_can_be_allowed(own, module):
+  with pytest.raises(UserError, match=r"--allow_import: .* no name of a"):
+    targets.allow([module])
 
 
 def test_a_function_may_make_the_model(own):
