@@ -212,6 +212,11 @@ def _function(apply=None, example=ONES, **options):
       r"another batch size.*any_batch=False",
     ),
     (
+      _function(lambda p, x: x.reshape(len(x), -1)),
+      FunctionError,
+      r"x\.shape\[0\] is known, but not len\(x\)",
+    ),
+    (
       _function(lambda p, x: x + jnp.ones((2, 4))),
       FunctionError,
       r"cannot be lowered.*any batch size.*any_batch=False",
