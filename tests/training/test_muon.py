@@ -10,6 +10,7 @@ import pytest
 from maestro import introspect as nn
 from maestro import lowrank
 from maestro.lowrank import Rule
+from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.training import muon, optim
 
 rng = np.random.default_rng(0)
@@ -108,6 +109,23 @@ def test_matrices_are_kernels_and_factors_each_by_itself(factored, close):
         for one in np.float64(g).reshape(-1, *shape[lead:])
       ]
       close(found[layer][name], np.reshape(each, shape), 1e-4)
+
+
+def test_steps_are_the_same_wherever_a_matrix_lies(close):
+  mesh = make_mesh(MeshShape(data=1, fsdp=8))
+  layers = {"fc": nn.layers(linen.Dense(16), jnp.zeros((1, 24)))[""]}
+  tx = optim.make({"name": "muon"}, optax.constant_schedule(0.1), layers)
+  params = {"fc": {"kernel": numbers(24, 16), "bias": numbers(16)}}
+  grads = jax.tree.map(lambda a: numbers(*a.shape), params)
+  want, _ = tx.update(grads, tx.init(params), params)
+  for spec in (("fsdp",), (None, "fsdp")):
+    lie = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    there = [
+      {"fc": t["fc"] | {"kernel": jax.device_put(t["fc"]["kernel"], lie)}}
+      for t in (grads, params)
+    ]
+    found, _ = jax.jit(tx.update)(there[0], tx.init(there[1]), there[1])
+    close(found, want)
 
 
 def test_singular_values_are_nearly_alike_and_zero_stays_zero():
