@@ -1,7 +1,8 @@
 """Data sets by name, in host memory, and the order to read them in.
 
 A data set that fits is loaded whole; batches are gathered and preprocessed on
-device. Nothing here downloads.
+device. One that does not has `dataset.Rows`, and a `dataset.Stream` to train
+on. Nothing here downloads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from maestro import streams, targets
 from maestro.data import (
   digits,
   image,
+  imagenet,
   synthetic,
   text_language,
   text_translation,
@@ -49,6 +51,7 @@ DATASETS = {
   "cifar10": image.cifar10,
   "digits": digits.load,
   "fashion_mnist": image.fashion_mnist,
+  "imagenet2012": imagenet.imagenet2012,
   "linear": synthetic.linear,
   "mnist": image.mnist,
   "multi30k": text_translation.multi30k,
@@ -57,6 +60,7 @@ DATASETS = {
 }
 _OUTLINES = {
   **{name: functools.partial(image.outline, name) for name in image.KNOWN},
+  "imagenet2012": imagenet.outline,
   "multi30k": text_translation.outline,
   "tinyshakespeare": text_language.outline_tinyshakespeare,
   "wikitext2": text_language.outline_wikitext2,

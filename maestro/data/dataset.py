@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,81 @@ class DataError(UserError):
   """Say which data set or `config.data` key is wrong, and the remedy."""
 
 
+class Rows(abc.ABC):
+  """Stands for an array [n, ...] whose rows are read as they are needed.
+
+  Attributes:
+    shape: of the array.
+    dtype: of the array.
+    digest: tells rows of other content apart, as far as is cheap to know.
+    unreadable: rows that were found to be so, for which something stands that
+      says nothing: they count for nothing where a network is evaluated.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  digest: str
+  unreadable: set[int]
+
+  @abc.abstractmethod
+  def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+    """Reads a range of rows, or those of an array of numbers from 0."""
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+    raise TypeError(f"an array of {self.shape} would be read whole")
+
+
+class Examples(Protocol):
+  """Reads training examples as they are needed; can be pickled."""
+
+  def __call__(
+    self, rows: np.ndarray, draws: np.ndarray, seed: int
+  ) -> dict[str, np.ndarray]:
+    """Returns {"inputs": [k, ...], "targets": [k, ...], "replaced": []}.
+
+    A function of its arguments alone.
+
+    Args:
+      rows: [k] of the training split.
+      draws: [k], numbers that no other example of the run has: with the seed,
+        they decide how an example is augmented.
+      seed: of the run.
+
+    Returns:
+      The examples as `Dataset.preprocess` takes them, and how many of them
+      stand for others that could not be read.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """How a training split comes that is too large to lie on the devices.
+
+  Attributes:
+    examples: reads some of it, augmented.
+    workers: processes that do so; 0 is threads of this one.
+  """
+
+  examples: Examples
+  workers: int
+
+
 # eq=False: comparing arrays has no single truth value; identity is enough.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-  """Hold one split of a data set in host memory.
+  """Hold one split of a data set in host memory, or what reads it.
 
   Attributes:
-    inputs: [n, ...], in the stored dtype (uint8 for images, int32 for tokens).
+    inputs: [n, ...], in the stored dtype (uint8 for images, int32 for tokens);
+      may be `Rows`, like the targets.
     targets: [n] int32 class labels, [n, d] float32 regression targets, or
       [n, length] int32 tokens, -1 where there is none to predict: such a
       position carries no loss.
@@ -46,8 +114,8 @@ class Split:
       translations with; no word of them is <unk>. None: there are none.
   """
 
-  inputs: np.ndarray
-  targets: np.ndarray
+  inputs: Any
+  targets: Any
   words: int | None = None
   references: tuple[str, ...] | None = None
 
@@ -148,6 +216,8 @@ class Dataset:
       the last of which is that of the arrays. <pad> (0) is then no token of a
       sentence.
     left_out: Examples of the training split that could not be used.
+    stream: Reads the training split while it is trained on. None: it lies on
+      the devices.
   """
 
   name: str
@@ -159,6 +229,7 @@ class Dataset:
   vocabulary: Vocabulary | None = None
   lengths: tuple[int, ...] | None = None
   left_out: int = 0
+  stream: Stream | None = None
 
   def __post_init__(self):
     where = f"data set {self.name!r}"
@@ -187,6 +258,8 @@ class Dataset:
       raise DataError(
         f"{where}: {len(split)} examples but {len(split.references)} references"
       )
+    if isinstance(split.inputs, Rows):
+      return  # each row is checked as it is read
     for part in ("inputs", "targets"):
       x = np.asarray(getattr(split, part))
       if x.dtype.kind in "fc" and not np.all(np.isfinite(x)):

@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import json
 import os
-import pathlib
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from maestro.data import augment
-from maestro.data.dataset import DataError, Dataset, Split
+from maestro.data import augment, prepared
+from maestro.data.dataset import Dataset, Split
 from maestro.schema import Count
 
 
@@ -151,7 +147,7 @@ def outline(
   n = known.train - val_examples
   return Dataset(
     name=name,
-    train=zeros(_train_size(name, n, val_examples, train_examples)),
+    train=zeros(prepared.train_size(name, n, val_examples, train_examples)),
     val=zeros(val_examples),
     test=zeros(known.test),
     num_classes=10,
@@ -181,11 +177,12 @@ def _load(name, data_dir, val_examples, train_examples) -> Dataset:
     DataError: If the set is missing, damaged or not in a random-access format,
       or `val_examples` or `train_examples` is out of range.
   """
-  directory = _find(name, data_dir)
-  try:
-    train, test = _open(directory, "train"), _open(directory, "test")
+  directory = prepared.find(name, data_dir)
+  with prepared.reading(name, directory):
+    train = prepared.open_split(directory, "train")
+    test = prepared.open_split(directory, "test")
     n = len(train) - val_examples
-    size = _train_size(name, n, val_examples, train_examples)
+    size = prepared.train_size(name, n, val_examples, train_examples)
     # A short run also decodes only what it uses.
     return Dataset(
       name=name,
@@ -195,107 +192,6 @@ def _load(name, data_dir, val_examples, train_examples) -> Dataset:
       num_classes=train.dataset_info.features["label"].num_classes,
       preprocess=KNOWN[name].preprocess,
     )
-  except (DataError, ImportError, MemoryError):
-    raise  # Not the data's fault.
-  except NotImplementedError as error:
-    # What tensorflow-datasets raises for formats without random access.
-    raise DataError(
-      f"{name!r} in {directory} is not stored in a random-access format (such"
-      " as tfrecord, its default). Prepare it as array_record, in another"
-      " directory or after deleting this one:\n"
-      f"{_prepare_command(name, directory.parent.parent)}"
-    ) from error
-  except Exception as error:
-    # Damage shows as any of a dozen types: JSON, protobuf, reader, PNG, ...
-    raise DataError(
-      f"cannot read {name!r} from {directory}, it is damaged or incomplete"
-      f" ({type(error).__name__}: {error}). Delete that directory, then prepare"
-      f" the data set again:\n{_prepare_command(name, directory.parent.parent)}"
-    ) from error
-
-
-def _train_size(name, n, val_examples, train_examples) -> int:
-  """Check the options against the n examples beside the validation split."""
-  if n <= 0:
-    raise DataError(
-      f"config.data.val_examples={val_examples} leaves nothing to train on:"
-      f" {name!r} has {n + val_examples} train examples. Choose a smaller"
-      " number."
-    )
-  if train_examples is None:
-    return n
-  if train_examples > n:
-    raise DataError(
-      f"config.data.train_examples={train_examples} is too many: {name!r} has"
-      f" {n} left beside config.data.val_examples={val_examples}"
-    )
-  return train_examples
-
-
-def _find(name, data_dir) -> pathlib.Path:
-  """Return the directory of the newest prepared version of a data set."""
-  root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  root = pathlib.Path(root).expanduser()
-  # Looked up here and not by `tfds.data_source(name)`, which for a missing set
-  # asks the network; unfinished ones are `<version>.incomplete...`, no match.
-  versions = [
-    path
-    for path in root.glob(f"{name}/*")
-    if re.fullmatch(r"\d+\.\d+\.\d+", path.name)
-  ]
-  if not versions:
-    raise DataError(
-      f"no data set {name!r} in {root}. Point --data_dir, config.data.data_dir"
-      " or the environment variable TFDS_DATA_DIR to the directory that holds"
-      f" {name}/<version>/, or prepare it there (needs a network and"
-      f" TensorFlow, once):\n{_prepare_command(name, root)}"
-    )
-  return max(versions, key=lambda path: [*map(int, path.name.split("."))])
-
-
-def _prepare_command(name, root) -> str:
-  return (
-    "pip install tensorflow-cpu tensorflow-datasets && python -c"
-    f' "import tensorflow_datasets as tfds; tfds.builder({name!r},'
-    f" file_format='array_record', data_dir={str(root)!r})"
-    '.download_and_prepare()"'
-  )
-
-
-def _open(directory, split) -> Any:
-  """Return the random-access source of a split's encoded examples."""
-  # Imported here: it takes a second, which sets without files need not spend.
-  import tensorflow_datasets as tfds
-
-  _check_features(directory / "features.json")
-  builder: Any = tfds.builder_from_directory(directory)
-  return builder.as_data_source(
-    split, decoders={"image": tfds.decode.SkipDecoding()}
-  )
-
-
-def _check_features(path) -> None:
-  """Raises unless all classes that a data set names are tfds' own features.
-
-  tensorflow-datasets imports whatever module features.json names.
-  """
-  keys = ("pythonClassName", "python_class_name", "type")  # all that it reads
-  names, nodes = [], [json.loads(path.read_text(encoding="utf-8"))]
-  while nodes:
-    node = nodes.pop()
-    if isinstance(node, dict):
-      names += [v for k, v in node.items() if k in keys]
-      nodes += node.values()
-    elif isinstance(node, list):
-      nodes += node
-  known = r"tensorflow_datasets\.core\.features\.[a-z_]+\.[A-Za-z]+"
-  for name in names:
-    if not isinstance(name, str) or not re.fullmatch(known, name):
-      raise DataError(
-        f"{path} names the class {name!r}, which is none of"
-        " tensorflow-datasets' features and is not imported; prepare the data"
-        " set anew, or point config.data.data_dir to another directory"
-      )
 
 
 def _read(source, indices) -> Split:

@@ -22,7 +22,7 @@ from maestro.lowrank import Rule
 from maestro.methods.decomposers import DECOMPOSERS
 from maestro.methods.table import METHODS
 from maestro.ops.cpu import tracing_for
-from maestro.parallel.mesh import batch_devices
+from maestro.parallel.mesh import BATCH, batch_devices
 from maestro.training import build, levels
 from maestro.training.build import Training
 from maestro.training.config import Config
@@ -57,7 +57,7 @@ class Abstract:
   Attributes:
     training: the run.
     state: TrainState of jax.ShapeDtypeStruct with shardings.
-    data: inputs, targets and order likewise.
+    data: what a step takes, likewise.
     program: the loop's compiled steps, (state, data) -> (state, losses).
     steps: that it makes.
     platform: of the devices.
@@ -199,9 +199,16 @@ def _level(t: Training, profiles: Sequence[dict], share: float) -> Level:
 
 
 def _data(t: Training) -> dict[str, jax.ShapeDtypeStruct]:
-  """The training split as it lies on every device, and an epoch's order."""
-  whole = NamedSharding(t.mesh, PartitionSpec())
+  """What a step takes: see `training.feed`."""
   split, n = t.dataset.train, len(t.dataset.train)
+  if t.dataset.stream is not None:
+    n, parts = t.clock.batch_size, NamedSharding(t.mesh, PartitionSpec(BATCH))
+    shapes = {
+      "inputs": _struct((n, *split.inputs.shape[1:]), split.inputs.dtype),
+      "targets": _struct((n, *split.targets.shape[1:]), split.targets.dtype),
+    }
+    return _placed(shapes, dict.fromkeys(shapes, parts))
+  whole = NamedSharding(t.mesh, PartitionSpec())
   shapes = {
     "inputs": _struct(split.inputs.shape, split.inputs.dtype),
     "targets": _struct(split.targets.shape, split.targets.dtype),

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from maestro.data import Dataset
+from maestro.data.dataset import Rows
 from maestro.errors import UserError
 from maestro.parallel import processes
 from maestro.parallel.mesh import is_split
@@ -48,7 +49,9 @@ def data(dataset: Dataset) -> None:
   lines = []
   for name in ("train", "val", "test"):
     split = getattr(dataset, name)
-    lines += [f"{name}: {len(split)} examples, {_digest(split.arrays)}"]
+    rows = isinstance(split.inputs, Rows)
+    digest = split.inputs.digest if rows else _digest(split.arrays)
+    lines += [f"{name}: {len(split)} examples, {digest}"]
   processes.agree(
     f"the data set {dataset.name!r}",
     "\n".join(lines),

@@ -47,6 +47,7 @@ from maestro.training.config import (
 from maestro.training.durations import Clock, Periods
 from maestro.training.evaluate import Evaluate, make_evaluate
 from maestro.training.facts import Facts
+from maestro.training.feed import Feed, make_feed
 from maestro.training.judge import make_judge
 from maestro.training.levels import Level
 from maestro.training.state import TrainState, new_state
@@ -166,7 +167,7 @@ class Training:
     taught: whether a step of a level trains the largest one, too.
     initial: () -> (dense params, batch_stats) to start from.
     new_state: (optimizer, params, batch_stats, ranks) -> TrainState at step 0.
-    order: epoch -> the order of the training examples.
+    feed: () -> what gives each step its data; to be closed.
     optimizer: steps of discover -> (learning rate's schedule, optimizer).
     program: (phase, steps of discover, steps) -> compiled steps; of a level, if
       one is given, see `training.levels`.
@@ -192,7 +193,7 @@ class Training:
   taught: bool
   initial: Callable[[], tuple[Tree, Tree]]
   new_state: Callable[..., TrainState]
-  order: Callable[[int], jax.Array]
+  feed: Callable[[], Feed]
   optimizer: Callable[
     [int], tuple[Callable[[int], Any], optax.GradientTransformation]
   ]
@@ -306,7 +307,7 @@ def make_training(
     dense=dense,
     method=method,
     clock=clock,
-    steps_per_dispatch=c.steps_per_dispatch or _dispatch_size(n, mesh),
+    steps_per_dispatch=_dispatch_size(c, dataset, n, mesh),
     periods=periods_of(c, clock),
     # A backward pass is taken as two forward passes.
     macs_per_example=6 if c.full_pass and not method.nested else 3,
@@ -319,7 +320,7 @@ def make_training(
     new_state=functools.partial(
       new_state, c.seed, c.loss, averages=c.ema is not None
     ),
-    order=lambda epoch: dataset.order(c.seed, epoch, c.batch_size),
+    feed=functools.partial(make_feed, dataset, c.seed, clock, mesh),
     optimizer=optimizer,
     program=program,
     level=levels.draws(
@@ -444,8 +445,20 @@ def _nearest(size: int, devices: int) -> int:
   return max(round(size / devices), 1) * devices
 
 
-def _dispatch_size(steps_per_epoch: int, mesh: Mesh) -> int:
+def _dispatch_size(
+  c: Config, dataset: data_lib.Dataset, steps_per_epoch: int, mesh: Mesh
+) -> int:
   """1 where loops are slow; else a divisor, for one program a phase."""
+  if dataset.stream is not None:
+    if c.steps_per_dispatch not in (None, 1):
+      raise ConfigError(
+        f"config.steps_per_dispatch: {c.steps_per_dispatch} steps cannot go in"
+        f" one dispatch, as batches of {dataset.name!r} come one by one; leave"
+        " it out"
+      )
+    return 1
+  if c.steps_per_dispatch is not None:
+    return c.steps_per_dispatch
   if unrolls(mesh):
     return 1
   return max(k for k in range(1, 17) if steps_per_epoch % k == 0)

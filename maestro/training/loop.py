@@ -6,6 +6,7 @@ decomposed, sampled, penalised and shrunk, and when, is `maestro.methods`; what
 a config describes is built by `maestro.training.build`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -120,6 +121,7 @@ def _train(
     ) as checkpoints,
     stop.polling() as asked,
     Trace(workdir / "profile", profile) as trace,
+    contextlib.closing(t.feed()) as feed,
   ):
     t = dataclasses.replace(t, program=trace.of(t.program))
     stop_asked = processes.stop_agreed(asked)
@@ -130,7 +132,6 @@ def _train(
     if ranks := state.ranks:
       nn.check_ranks(t.model, variables_of(state), ranks, t.facts.example)
     state = t.placement.put(state, state.params)
-    arrays = replicate(t.dataset.train.arrays, t.mesh)
     step = int(state.step)
     goodput.resumed(step)
 
@@ -149,9 +150,7 @@ def _train(
             state = _enter_settle(t, state, ledger, c.truncate)
           else:  # whose winner has made some steps
             with goodput.spent("ranks"):
-              state = race.race(
-                t, t.method.race, state, arrays, ledger, **shared
-              )
+              state = race.race(t, t.method.race, state, feed, ledger, **shared)
           agreement.networks(state)
           if step < int(state.step) < t.clock.total:
             _save(checkpoints, state, ledger, started, t)
@@ -159,7 +158,7 @@ def _train(
           end = end_of_round(t, ledger, step)
 
         # --- Steps, up to the next one after which something is due -----------
-        state, done = run_round(t, state, arrays, ledger, end, **shared)
+        state, done = run_round(t, state, feed, ledger, end, **shared)
         step = done.step
         if not done.whole:
           _save(checkpoints, state, ledger, started, t)
@@ -199,7 +198,7 @@ def _train(
             record |= chain.evaluate(t, state, ledger)
           check_finite(record, step, checkpoints)
         record |= rank_record(t.layers, state)
-        record["examples_per_second"] = done.examples_per_second
+        record |= done.record
         record["phase"] = int(name == "settle")
         writer.write(step, t.clock.epochs(step), record)
         writer.progress(

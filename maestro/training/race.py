@@ -11,7 +11,7 @@ begins it anew from the end of discover, to the same numbers.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Silent, Writer
 from maestro.training import optim
 from maestro.training.build import Training
+from maestro.training.feed import Feed
 from maestro.training.latency import Meter, meeting
 from maestro.training.results import Ledger
 from maestro.training.rounds import TrainingError, run_round
@@ -119,7 +120,7 @@ def race(
   t: Training,
   plan: Race,
   state: TrainState,
-  arrays: Mapping[str, jax.Array],
+  feed: Feed,
   ledger: Ledger,
   *,
   writer: Writer,
@@ -132,7 +133,7 @@ def race(
     t: the run.
     plan: its method's race.
     state: dense, at the end of discover.
-    arrays: inputs and targets of the training split, on the devices.
+    feed: gives each step its data.
     ledger: gets what the score and all candidates cost.
     writer: of the metrics.
     checkpoints: to name the last good one.
@@ -171,7 +172,7 @@ def race(
   judged = _examples(t, tables, options, passes, options.judged)
   track = _Track(
     t=t,
-    arrays=arrays,
+    feed=feed,
     ledger=ledger,
     writer=writer,
     checkpoints=checkpoints,
@@ -226,7 +227,7 @@ class _Track:
 
   Attributes:
     t: the run.
-    arrays: of the training split.
+    feed: gives each step its data.
     ledger: of the run.
     writer: of its metrics.
     checkpoints: to name the last good one.
@@ -237,7 +238,7 @@ class _Track:
   """
 
   t: Training
-  arrays: Mapping[str, jax.Array]
+  feed: Feed
   ledger: Ledger
   writer: Writer
   checkpoints: Checkpoints
@@ -277,7 +278,7 @@ class _Track:
         c.state, done = run_round(
           self.t,
           c.state,
-          self.arrays,
+          self.feed,
           c.ledger,
           min(end, step - step % n + n),
           writer=_Quiet(self.writer, c.proposal.name),

@@ -38,6 +38,7 @@ class Ledger:
     stable_ranks: of the last epoch, if the method looks at them.
     sums: of training metrics, over the epoch's windows that were written.
     race: what a race between profiles cost and found; {} without one.
+    replaced: training examples that stood for others that could not be read.
   """
 
   discover_steps: int
@@ -51,6 +52,7 @@ class Ledger:
   stable_ranks: dict[str, float] = dataclasses.field(default_factory=dict)
   sums: dict[str, float] = dataclasses.field(default_factory=dict)
   race: dict[str, Any] = dataclasses.field(default_factory=dict)
+  replaced: int = 0
 
   @classmethod
   def load(cls, saved: Mapping[str, Any], clock: Clock) -> "Ledger":
@@ -193,7 +195,8 @@ def results_of(
       "macs_total": ledger.macs,
       "compilations": len(ledger.programs),
       "programs": ledger.programs,
-    },
+    }
+    | ({"replaced": ledger.replaced} if ledger.replaced else {}),
     "alarms": ledger.alarms,
   } | ({"race": ledger.race} if ledger.race else {})
 

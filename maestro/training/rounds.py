@@ -11,12 +11,13 @@ import numpy as np
 from maestro import trees
 from maestro.cost.count import count_cost, layer_macs
 from maestro.errors import UserError
-from maestro.parallel.mesh import replicate
+from maestro.parallel import processes
 from maestro.runs import goodput, stop
 from maestro.runs.checkpoint import Checkpoints
 from maestro.runs.metrics import Writer
 from maestro.training.build import Training
 from maestro.training.durations import every
+from maestro.training.feed import Feed
 from maestro.training.levels import Level, split
 from maestro.training.results import Ledger, rank_text
 from maestro.training.state import (
@@ -41,12 +42,25 @@ class Round:
     step: after the last step.
     whole: whether all of its steps were made.
     examples_per_second: of its steps.
+    input_wait: share of its time in which steps waited for their data; None
+      where it lies on the devices.
+    replaced: examples that stood for others that could not be read.
   """
 
   loss: float
   step: int
   whole: bool
   examples_per_second: float
+  input_wait: float | None = None
+  replaced: int = 0
+
+  @property
+  def record(self) -> dict[str, float]:
+    """What metrics.jsonl has of it."""
+    record: dict[str, float] = {"examples_per_second": self.examples_per_second}
+    if self.input_wait is not None:
+      record |= {"input_wait": self.input_wait, "replaced": self.replaced}
+    return record
 
 
 def end_of_round(t: Training, ledger: Ledger, step: int) -> int:
@@ -63,7 +77,7 @@ def end_of_round(t: Training, ledger: Ledger, step: int) -> int:
 def run_round(
   t: Training,
   state: TrainState,
-  arrays: Mapping[str, jax.Array],
+  feed: Feed,
   ledger: Ledger,
   end: int,
   *,
@@ -76,7 +90,7 @@ def run_round(
   Args:
     t: the run.
     state: donated.
-    arrays: inputs and targets of the training split, on the devices.
+    feed: gives each step its data.
     ledger: gets what the steps cost.
     end: the step to stop at.
     writer: of the metrics.
@@ -89,7 +103,6 @@ def run_round(
   step = first = int(state.step)
   name, method, started = ledger.phase(step), t.method, time.monotonic()
   schedule, _ = t.optimizer(ledger.discover_steps)
-  epoch = step // t.clock.steps_per_epoch
   # Levels are compiled one by one, and cost what they are cut to.
   chain = _chain(t, state) if name == "settle" else []
   macs = [count_cost(t.layers, state.params).macs]
@@ -98,16 +111,18 @@ def run_round(
     macs = [m + macs[0] for m in macs]
   cost = 0
   form, ranks = form_of(state.params), jax.device_get(state.ranks)
-  with goodput.spent("input"):
-    data = dict(arrays) | {"order": replicate(t.order(epoch), t.mesh)}
+  waited, replaced = feed.waited, feed.replaced
 
   def read(step: int, losses: jax.Array, window: Mapping | None) -> float:
     """Reads a dispatch that ended at a step; the device is at the next one."""
     loss = _finite(losses, step, checkpoints)
     seconds = time.monotonic() - started
+    wait = ""
+    if feed.streams:
+      wait = f" waits for data {(feed.waited - waited) / seconds:.0%}"
     writer.progress(
       step,
-      f"{t.clock.text(step)} {name} loss {loss:.3f}{rank_text(ranks)}",
+      f"{t.clock.text(step)} {name} loss {loss:.3f}{rank_text(ranks)}{wait}",
       examples_per_second=(step - first) * t.clock.batch_size / seconds,
     )
     if window is not None:
@@ -127,6 +142,8 @@ def run_round(
     ledger.compiles(f"{name}, {n} steps, {form}{said}")
     program = t.program(name, ledger.discover_steps, n, level)
     cost += n * macs[at]
+    with goodput.spent("input"):
+      data = feed(step)
     began = time.monotonic()
     state, losses = program(state, data)
     step += n
@@ -154,7 +171,19 @@ def run_round(
   ledger.macs += t.macs_per_example * t.clock.batch_size * cost
   ledger.examples += examples
   ledger.train_seconds += seconds
-  return state, Round(loss, step, step == end, examples / max(seconds, 1e-9))
+  done = Round(loss, step, step == end, examples / max(seconds, 1e-9))
+  if feed.streams:
+    wait = (feed.waited - waited) / max(seconds, 1e-9)
+    own = feed.replaced - replaced
+    replaced = sum(map(int, processes.exchange(str(own))))
+    ledger.replaced += replaced
+    if replaced:
+      writer.message(
+        f"{replaced} training examples could not be read; the next ones stood"
+        " for them"
+      )
+    done = dataclasses.replace(done, input_wait=wait, replaced=replaced)
+  return state, done
 
 
 @functools.lru_cache(maxsize=1)

@@ -29,7 +29,8 @@ POLICIES = {
   ),
 }
 
-Data = Mapping[str, jax.Array]  # inputs [n, ...], targets [n, ...], order [n]
+# inputs [n, ...], targets [n, ...] and order [n]; or those of a batch alone
+Data = Mapping[str, jax.Array]
 
 
 def make_step(
@@ -58,8 +59,9 @@ def make_step(
     loss = task(network at ranks_t) + lam * penalty(params, ranks)
 
   The batch is the next `batch_size` entries of data["order"], gathered and
-  preprocessed on the device. The returned loss includes the penalty. Layers
-  that `ranks_t` does not name run as they are stored.
+  preprocessed on the device; without an order, data is the batch. The returned
+  loss includes the penalty. Layers that `ranks_t` does not name run as they are
+  stored.
 
   At a level of a nested network, the network is the one cut to its ranks, which
   are shapes: what lies beyond costs nothing and has no gradient. The statistics
@@ -93,9 +95,11 @@ def make_step(
     key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     key = jax.random.fold_in(key, state.step)
     key_rank, key_image, key_dropout = jax.random.split(key, 3)
-    start = (state.step % steps_per_epoch) * batch_size
-    batch = jax.lax.dynamic_slice_in_dim(data["order"], start, batch_size)
-    x, y = data["inputs"][batch], data["targets"][batch]
+    x, y = data["inputs"], data["targets"]
+    if "order" in data:
+      start = (state.step % steps_per_epoch) * batch_size
+      batch = jax.lax.dynamic_slice_in_dim(data["order"], start, batch_size)
+      x, y = x[batch], y[batch]
     x, y = split_batch((x, y), placement.mesh)
     x = preprocess(x, key_image)
     ranks = (sampler(key_rank, state.ranks), state.ranks)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from maestro import data
-from maestro.data import image, synthetic
+from maestro.data import image, prepared, synthetic
 from maestro.errors import UserError
 from maestro.schema import ConfigError
 
@@ -192,7 +192,7 @@ def test_the_newest_version_is_read(tmp_path):
   for version in ("3.0.9", "3.0.10"):
     write_images(tmp_path, version=version)
   (tmp_path / "mnist" / "3.0.11.incompleteA1B2").mkdir()
-  assert image._find("mnist", tmp_path).name == "3.0.10"
+  assert prepared.find("mnist", tmp_path).name == "3.0.10"
 
 
 def test_a_missing_set_says_where_it_looked_and_how_to_get_it(tmp_path):

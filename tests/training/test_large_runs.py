@@ -111,9 +111,7 @@ def begun(tmp_path):
   def begin(**changes):
     t = build.make_training(parse(config(**changes)))
     state, _ = loop._start(t, tmp_path)
-    split = t.dataset.train
-    data = {"inputs": split.inputs, "targets": split.targets}
-    return t, state, data | {"order": t.order(0)}
+    return t, state, t.feed()(0)
 
   return begin
 

@@ -111,7 +111,7 @@ def test_the_loop_trains_as_it_is_written_here(name, request):
     return t.model.apply({"params": masked}, x)
 
   for step in range(n, total):
-    order = np.asarray(t.order(step // n))  # discover is an epoch
+    order = np.asarray(t.feed()(step)["order"])  # discover is an epoch
     batch = order[step % n * 64 : step % n * 64 + 64]
     x = t.dataset.preprocess(train.inputs[batch])
     targets = jax.nn.one_hot(train.targets[batch], 10)
@@ -169,9 +169,7 @@ def test_a_taught_step_keeps_statistics_of_both_levels():
     tx, factors, stats, ranks, levels.stacked(profiles, stats, t.layers)
   )
   small = levels.Level(2, jax.device_get(levels.split(state.levels)[2][0]))
-  train = t.dataset.train
-  data = {"inputs": train.inputs, "targets": train.targets}
-  data |= {"order": t.order(0)}
+  data = t.feed()(0)
   before = jax.device_get(state)
   after, _ = t.program("settle", t.clock.discover, 1, small)(state, data)
   moved = [

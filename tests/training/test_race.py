@@ -175,9 +175,7 @@ def test_a_candidate_trains_as_if_it_were_alone(finished):
   ledger = racing.Ledger.load(extra["ledger"], t.clock)
   score = t.method.race.score(state.params, state.batch_stats, 128)
   ranks = {"fc1": 5, "fc2": 3, "fc3": 4}
-  train = t.dataset.train
-  data = {"inputs": train.inputs, "targets": train.targets}
-  data["order"] = t.order(discover // t.clock.steps_per_epoch)
+  data = t.feed()(discover)
   found = []
   for shape in (ranks, {"fc1": 20, "fc2": 7, "fc3": 10}):
     one = racing.Proposal("one", ranks)
@@ -209,11 +207,11 @@ def test_one_proposal_needs_no_race(tmp_path, capsys):
 def test_a_profile_that_diverges_is_left_behind(tmp_path, monkeypatch, capsys):
   run_round, seen = racing.run_round, []
 
-  def diverges(t, state, arrays, ledger, until, *, writer, **rest):
+  def diverges(t, state, feed, ledger, until, *, writer, **rest):
     if "uniform" in writer._name:
       seen.append(None)
       raise racing.TrainingError("loss is nan")
-    return run_round(t, state, arrays, ledger, until, writer=writer, **rest)
+    return run_round(t, state, feed, ledger, until, writer=writer, **rest)
 
   monkeypatch.setattr(racing, "run_round", diverges)
   results = loop.train(config(), tmp_path)
