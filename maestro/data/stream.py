@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
@@ -100,10 +101,18 @@ def read_ahead(
     read = read.mp_prefetch(options, worker_init_fn=_worker)
   iterator = iter(read)
   try:
-    yield iterator
+    # Copied: shared memory is freed as soon as a batch is here.
+    yield map(_own, iterator) if workers else iterator
   finally:
     with contextlib.suppress(AttributeError):  # of an older Grain
       iterator.close()
+    del iterator
+    if workers:
+      gc.collect()  # Grain's iterators are cycles, which hold shared memory
+
+
+def _own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {name: np.array(x) for name, x in batch.items()}
 
 
 @functools.lru_cache(maxsize=2)

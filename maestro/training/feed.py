@@ -80,12 +80,13 @@ class Streamed(Feed):
       part=part_of(self._sharding, clock.batch_size),
     )
     self._next: int | None = None
+    self._ahead: Iterator = iter(())
 
   def __call__(self, step: int) -> Data:
     began = time.monotonic()
     if step != self._next:  # at first, and for each candidate of a race
-      self._open.close()
-      self._ahead: Iterator = self._open.enter_context(
+      self.close()
+      self._ahead = self._open.enter_context(
         stream.read_ahead(self._batches, step)
       )
     try:
@@ -100,6 +101,10 @@ class Streamed(Feed):
     self.replaced += int(batch["replaced"])
     self.waited += time.monotonic() - began
     return {k: self._put(batch[k]) for k in ("inputs", "targets")}
+
+  def close(self) -> None:
+    self._ahead = iter(())
+    super().close()
 
   def _put(self, x: np.ndarray) -> jax.Array:
     """Makes the global array of the rows that this process has read."""

@@ -16,12 +16,14 @@ from benchmarks import (
   device,
   end_to_end,
   meeting,
+  photographs,
   plain,
   products,
   sharded_save,
   train_step,
 )
 from benchmarks.train_step import NETWORKS, Form, Options
+from experiments import photographs as synthetic
 from maestro import introspect as nn
 from maestro import lowrank, models, trees
 from maestro.errors import Interrupted, UserError
@@ -584,7 +586,8 @@ def test_a_part_ends_with_the_command_that_is_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "name",
   [
-    *("device", "meeting", "products", "sharded_save", "train_step"),
+    *("device", "meeting", "photographs", "products"),
+    *("sharded_save", "train_step"),
     "experiments.cifar10",
   ],
 )
@@ -615,6 +618,19 @@ def test_processes_meet_and_agree():
   assert min(row["meet"], row["agree"], row["differ"]) > 0
   lines = meeting.table([row]).splitlines()
   assert "agree / differ" in lines[0] and f"{row['agree']:.3f}" in lines[2]
+
+
+@pytest.mark.quick(0)
+def test_photographs_are_counted(tmp_path):
+  synthetic.write(tmp_path, 90, 10)
+  rows = photographs.measure(tmp_path, 32, count=1, rounds=1)
+  assert [row["way"] for row in rows][:2] == ["bare loop", "threads"]
+  assert all(row["photographs_per_second"] > 0 for row in rows)
+  assert rows[0]["ratio"] == 1
+  lines = photographs.table(rows).splitlines()
+  assert (
+    "of the bare loop" in lines[0] and f"{rows[1]['ratio']:.2f}" in lines[3]
+  )
 
 
 @pytest.mark.quick(0)
