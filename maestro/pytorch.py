@@ -1,4 +1,4 @@
-"""Weights as PyTorch names and lays them out, by torchvision's names.
+"""Weights as PyTorch names and lays them out: torchvision's and timm's names.
 
   here                                  in PyTorch
   Dense    kernel [in, out]             weight [out, in]
@@ -8,16 +8,17 @@
   norm     scale, bias; mean, var       weight, bias; running_mean, running_var
   images   [b, h, w, c]                 [b, c, h, w]
 
-So factors are two layers in a row. Where a network lays an image out as a
-vector, the order of its numbers differs, too, and with it the inputs of the
-layer behind. Needs no PyTorch: tensors are anything that NumPy takes.
+So factors are two layers in a row. What timm stacks into one weight, the query,
+key and value of an attention, are three layers here. Where a network lays an
+image out as a vector, the order of its numbers differs, too, and with it the
+inputs of the layer behind. Needs no PyTorch: tensors are anything that NumPy
+takes.
 """
 
 import dataclasses
 import os
 import pathlib
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,117 +29,8 @@ import safetensors.numpy
 from flax import traverse_util
 
 from maestro import introspect
-from maestro.errors import UserError
-from maestro.models import (
-  MLP,
-  VGG19,
-  LeNet,
-  LinearAutoencoder,
-  LinearMap,
-  MobileNetV2,
-  ResNet18,
-)
-from maestro.models.vgg import STAGES
+from maestro.torch_names import WeightsError, names_of
 from maestro.trees import LayerSpec, Tree
-
-
-class WeightsError(UserError):
-  """Weights are not those of a network, or cannot be read."""
-
-
-# ---------------------------------------------------------------------------
-# Names, a network each
-# ---------------------------------------------------------------------------
-
-
-def _same(model: Any, path: str) -> str:
-  del model
-  return path
-
-
-def _resnet(model: ResNet18, path: str) -> str:
-  del model
-  if block := re.fullmatch(r"stage(\d+)_block(\d+)/(\w+)", path):
-    stage, index, name = block.groups()
-    shortcuts = {"shortcut": "downsample.0", "shortcut_norm": "downsample.1"}
-    inner = shortcuts.get(name, name.replace("norm", "bn"))
-    return f"layer{stage}.{int(index) - 1}.{inner}"
-  return {"stem": "conv1", "stem_norm": "bn1", "classifier": "fc"}[path]
-
-
-def _vgg(model: VGG19, path: str) -> str:
-  if found := re.fullmatch(r"(conv|norm)(\d+)_(\d+)", path):
-    stage, index = int(found[2]), int(found[3])
-    # Before it are convolutions, each with norm and ReLU, and a pool a stage.
-    before = sum(n for n, _ in STAGES[: stage - 1]) + index - 1
-    return f"features.{3 * before + stage - 1 + (found[1] == 'norm')}"
-  if not model.hidden:
-    return path
-  # Each hidden layer is followed by ReLU and dropout.
-  hidden = path.removeprefix("hidden")
-  index = int(hidden) - 1 if hidden.isdigit() else len(model.hidden)
-  return f"classifier.{3 * index}"
-
-
-def _mobilenet(model: MobileNetV2, path: str) -> str:
-  growths = [e for e, _, blocks, _ in model.stages for _ in range(blocks)]
-  plain, norm = path.removesuffix("_norm"), int(path.endswith("_norm"))
-  if found := re.fullmatch(r"block(\d+)/(\w+)", plain):
-    index, layers = int(found[1]), ["expand", "depthwise", "project"]
-    place = layers[growths[index - 1] == 1 :].index(found[2])
-    # A norm is beside its convolution, or behind the last one.
-    inner = f"{place + norm}" if found[2] == "project" else f"{place}.{norm}"
-    return f"features.{index}.conv.{inner}"
-  if plain == "classifier":
-    return "classifier.1"
-  index = {"stem": 0, "head": len(growths) + 1}[plain]
-  return f"features.{index}.{norm}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-  """How PyTorch knows a network.
-
-  Attributes:
-    of: (model, path of a module) -> its name.
-    image: model -> an input's shape; None if it must be told.
-    flattened: (model, shape of an input) -> (path of the layer that sees an
-      image as a vector, its channels); None if none does.
-  """
-
-  of: Callable[[Any, str], str]
-  image: Callable[[Any], tuple[int, ...] | None] = lambda model: None
-  flattened: Callable[[Any, tuple[int, ...]], tuple[str, int] | None] = (
-    lambda model, shape: None
-  )
-
-
-NAMES: dict[type, Names] = {
-  LinearAutoencoder: Names(_same),
-  LinearMap: Names(_same),
-  MLP: Names(
-    _same,
-    flattened=lambda model, shape: (
-      ("fc1", shape[-1]) if len(shape) == 3 else None
-    ),
-  ),
-  LeNet: Names(
-    _same,
-    image=lambda model: (28, 28, 1),
-    flattened=lambda model, shape: ("fc1", 16),
-  ),
-  ResNet18: Names(_resnet, image=lambda model: (32, 32, 3)),  # and its kin
-  MobileNetV2: Names(_mobilenet, image=lambda model: (32, 32, 3)),
-  VGG19: Names(
-    _vgg,
-    image=lambda model: (224, 224, 3) if model.hidden else (32, 32, 3),
-    flattened=lambda model, shape: (
-      "hidden1" if model.hidden else "classifier",
-      STAGES[-1][1] * model.width,
-    ),
-  ),
-}
-
 
 # ---------------------------------------------------------------------------
 # A network's modules
@@ -153,6 +45,7 @@ class _Module:
     path: slash-joined, here.
     name: dot-joined, in PyTorch.
     spec: of its kernel; None of a norm.
+    names: {leaf: its name in PyTorch} of a module without a kernel.
     shapes: {leaf: shape} of its parameters and statistics.
     channels: of the image that it sees as a vector; 1 if it does not.
   """
@@ -160,24 +53,19 @@ class _Module:
   path: str
   name: str
   spec: LayerSpec | None
+  names: Mapping[str, str]
   shapes: Mapping[str, tuple[int, ...]]
   channels: int = 1
 
 
 def _modules(model: Any, inputs: Any) -> Iterator[_Module]:
   """Yields the modules of a network in order of their paths."""
-  kind = next((k for k in NAMES if isinstance(model, k)), None)
-  if kind is None:
-    raise WeightsError(
-      f"{type(model).__name__} has no names in PyTorch; maestro/pytorch.py"
-      f" has those of {', '.join(k.__name__ for k in NAMES)}"
-    )
-  names = NAMES[kind]
+  names = names_of(model)
   shape = names.image(model) if inputs is None else tuple(inputs.shape[1:])
   if shape is None:
     raise WeightsError(
-      f"inputs: {kind.__name__} takes inputs of any shape; give an example, or"
-      " jax.ShapeDtypeStruct((1, ...), float)"
+      f"inputs: {type(model).__name__} takes inputs of any shape; give an"
+      " example, or jax.ShapeDtypeStruct((1, ...), float)"
     )
   x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   try:
@@ -192,10 +80,13 @@ def _modules(model: Any, inputs: Any) -> Iterator[_Module]:
     leaves.setdefault(module, {})[name] = leaf
   flattened, channels = names.flattened(model, shape) or ("", 1)
   for path in sorted(leaves):
+    own = {f: names.leaves[f] for f in leaves[path] if not path}
+    name = names.of(model, path) if path else ""
     yield _Module(
       path,
-      names.of(model, path),
+      name,
       layers.get(path),
+      own or {leaf: f"{name}.{there}" for leaf, there in _NORM.items()},
       leaves[path],
       channels if path == flattened else 1,
     )
@@ -223,8 +114,7 @@ def _expected(
   name, spec = module.name, module.spec
   if spec is None:
     return {
-      leaf: (f"{name}.{_NORM[leaf]}", shape)
-      for leaf, shape in module.shapes.items()
+      leaf: (module.names[leaf], shape) for leaf, shape in module.shapes.items()
     }
   groups = max(spec.groups, default=1)
   inputs = (spec.inputs[-1], *spec.inputs[:-1])
@@ -283,6 +173,31 @@ def _there(x: np.ndarray, leaf: str, module: _Module) -> np.ndarray:
 _COUNTER = "num_batches_tracked"  # a norm's, which no forward pass reads
 
 
+def _apart(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
+  """Cuts what is stacked in a state dict into the layers that are here."""
+  found = dict(given)
+  for whole, parts in names_of(model).stacks(model).items():
+    for leaf in ("weight", "bias"):
+      x = found.get(f"{whole}.{leaf}")
+      rows = getattr(x, "shape", ())
+      if x is None or not rows or rows[0] % len(parts):
+        continue  # it is told with what else does not fit
+      n = rows[0] // len(parts)
+      del found[f"{whole}.{leaf}"]
+      for i, part in enumerate(parts):
+        found[f"{part}.{leaf}"] = x[i * n : (i + 1) * n]
+  return found
+
+
+def _together(state: dict[str, np.ndarray], model: Any) -> None:
+  """Inverts `_apart` where all parts are dense."""
+  for whole, parts in names_of(model).stacks(model).items():
+    if all(f"{part}.weight" in state for part in parts):
+      for leaf in ("weight", "bias"):
+        pieces = [state.pop(f"{part}.{leaf}") for part in parts]
+        state[f"{whole}.{leaf}"] = np.concatenate(pieces)
+
+
 def from_torch(
   state_dict: Mapping[str, Any] | str | os.PathLike,
   model: Any,
@@ -295,13 +210,13 @@ def from_torch(
     logits = model.apply(variables, x)  # x [b, h, w, c]
 
   Args:
-    state_dict: {name: array} with torchvision's names, of PyTorch's layout;
-      tensors of torch's or anything with `__array__`. A layer may be two in a
-      row, "fc.0.weight" and "fc.1.weight", which become factors. Or the path of
-      a safetensors file of such arrays.
+    state_dict: {name: array} with torchvision's names, of a ViT timm's, of
+      PyTorch's layout; tensors of torch's or anything with `__array__`. A layer
+      may be two in a row, "fc.0.weight" and "fc.1.weight", which become
+      factors. Or the path of a safetensors file of such arrays.
     model: a network of `maestro.models`: ResNets (also without the ImageNet
-      stem), ResNeXt, MobileNetV2, VGG-19 with batch norm, LeNet, MLP, or a
-      linear one.
+      stem), ResNeXt, MobileNetV2, VGG-19 with batch norm, ViT, LeNet, MLP, or
+      a linear one.
     inputs: an example of what it is applied to, [b, h, w, c], or its abstract
       value; None is the size that the network was made for. The MLP and the
       linear networks need it.
@@ -322,6 +237,7 @@ def from_torch(
       " arrays; give module.state_dict(), or the path of a safetensors file"
     )
   given = {k: x for k, x in state_dict.items() if not k.endswith(_COUNTER)}
+  given = _apart(given, model)
   shapes = {k: getattr(x, "shape", None) for k, x in given.items()}
   shapes = {k: None if s is None else tuple(s) for k, s in shapes.items()}
   expected = []
@@ -332,9 +248,9 @@ def from_torch(
   if problems := differences(shapes, wanted):
     raise WeightsError(
       f"state dict does not fit {type(model).__name__}: {'; '.join(problems)}."
-      " Give torchvision's names and PyTorch's layout, [out, in] and [out, in /"
-      " groups, h, w], of a network of the same options (num_classes, stem,"
-      " width, ...) and the same inputs="
+      " Give torchvision's names (of a ViT, timm's) and PyTorch's layout,"
+      " [out, in] and [out, in / groups, h, w], of a network of the same"
+      " options (num_classes, stem, width, ...) and the same inputs="
       + _prefix(set(shapes) - set(wanted), set(wanted) - set(shapes))
     )
   flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
@@ -432,6 +348,7 @@ def to_state_dict(
       rank = node["u"].shape[-1]
     for leaf, (name, _) in _expected(module, rank).items():
       state[name] = np.ascontiguousarray(_there(node[leaf], leaf, module))
+  _together(state, model)
   return state
 
 

@@ -105,6 +105,7 @@ ROOMS = (
     "taps",
     "decoding",
     "models",
+    "torch_names",
     "pytorch",
     "data",
     "cost",

@@ -36,6 +36,10 @@ NETWORKS = {
     (32, 32, 3),
   ),
   "vgg19": (models.VGG19(5, width=1, hidden=(6, 7)), (224, 224, 3)),
+  "vit": (
+    models.ViT(5, layers=2, width=8, hidden=12, heads=2, patch=56),
+    (224, 224, 3),
+  ),
 }
 
 
@@ -245,6 +249,77 @@ def _torch_mobilenet(multiplier, settings):
   return Network()
 
 
+def _torch_vit(width, layers, heads, patch, size, classes=5):
+  """As timm: a VisionTransformer with a class token."""
+
+  class Attention(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.qkv = torch.nn.Linear(width, 3 * width)
+      self.proj = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+      b, t, _ = x.shape
+      qkv = self.qkv(x).reshape(b, t, 3, heads, width // heads)
+      q, k, v = qkv.permute(2, 0, 3, 1, 4)
+      weights = (q * (width // heads) ** -0.5) @ k.transpose(-2, -1)
+      y = weights.softmax(dim=-1) @ v
+      return self.proj(y.transpose(1, 2).reshape(b, t, width))
+
+  class Mlp(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.fc1 = torch.nn.Linear(width, 4 * width)
+      self.fc2 = torch.nn.Linear(4 * width, width)
+
+    def forward(self, x):
+      return self.fc2(torch.nn.functional.gelu(self.fc1(x)))
+
+  def norm():
+    made = torch.nn.LayerNorm(width, eps=1e-6)
+    made.weight.data.copy_(torch.rand(width) + 0.5)
+    made.bias.data.copy_(0.3 * torch.randn(width))
+    return made
+
+  class Block(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.norm1, self.attn = norm(), Attention()
+      self.norm2, self.mlp = norm(), Mlp()
+
+    def forward(self, x):
+      x = x + self.attn(self.norm1(x))
+      return x + self.mlp(self.norm2(x))
+
+  class Patches(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.proj = torch.nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, x):
+      return self.proj(x).flatten(2).transpose(1, 2)
+
+  class Network(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      n = (size // patch) ** 2 + 1
+      self.patch_embed = Patches()
+      self.cls_token = torch.nn.Parameter(torch.randn(1, 1, width))
+      self.pos_embed = torch.nn.Parameter(torch.randn(1, n, width))
+      self.blocks = torch.nn.Sequential(*(Block() for _ in range(layers)))
+      self.norm = norm()
+      self.head = torch.nn.Linear(width, classes)
+
+    def forward(self, x):
+      x = self.patch_embed(x)
+      x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+      x = self.norm(self.blocks(x + self.pos_embed))
+      return self.head(x[:, 0])
+
+  return Network()
+
+
+SMALL_VIT = {"layers": 2, "width": 12, "hidden": 48, "heads": 3, "patch": 4}
 PUBLISHED = (
   *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
   *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
@@ -281,6 +356,11 @@ TWINS = {
     models.VGG19(5, width=2, hidden=(6, 6)),
     64,  # so that the order of a vector of pixels matters
   ),
+  "vit": (
+    lambda: _torch_vit(12, 2, 3, 4, 16),
+    models.ViT(5, **SMALL_VIT),
+    16,
+  ),
 }
 LARGE = {
   "resnet18": (
@@ -311,6 +391,11 @@ LARGE = {
   "vgg19_bn": (
     lambda: _torch_vgg(64, 4096, 1000, 7),
     models.VGG19(1000, hidden=(4096, 4096)),
+    224,
+  ),
+  "vit": (
+    lambda: _torch_vit(384, 12, 6, 16, 224, 1000),
+    models.ViT(1000),
     224,
   ),
 }

@@ -1,7 +1,8 @@
 """The networks as PyTorch's modules; imported only where PyTorch is there.
 
-Their names are torchvision's where it has the network. Every layer is of the
-sizes that its weights have: a Linear or Conv2d, or for factors two in a row.
+Their names are torchvision's where it has the network, of a ViT timm's. Every
+layer is of the sizes that its weights have: a Linear or Conv2d, or for factors
+two in a row.
 """
 
 from collections import OrderedDict
@@ -29,6 +30,8 @@ def network(model: Any, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     return _mobilenet(layers, model)
   if isinstance(model, models.VGG19):
     return _vgg(layers, model)
+  if isinstance(model, models.ViT):
+    return VisionTransformer(layers, model)
   if isinstance(model, models.LeNet):
     return _lenet(layers)
   if isinstance(model, models.MLP):
@@ -38,32 +41,36 @@ def network(model: Any, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
 
 
 class Layers:
-  """Makes layers by name, as large as a state dict says."""
+  """Makes layers by name, as large as a state dict says.
+
+  Attributes:
+    shapes: {name: shape} of the state dict.
+  """
 
   def __init__(self, shapes: Mapping[str, Sequence[int]]):
-    self._shapes = shapes
+    self.shapes = shapes
 
   def has(self, name: str) -> bool:
     """Whether the state dict has a layer, dense or factored."""
-    return any(f"{name}{i}.weight" in self._shapes for i in ("", ".0"))
+    return any(f"{name}{i}.weight" in self.shapes for i in ("", ".0"))
 
   def linear(self, name: str) -> nn.Module:
     """A Linear, or two of them."""
-    if f"{name}.weight" not in self._shapes:
+    if f"{name}.weight" not in self.shapes:
       return nn.Sequential(self.linear(f"{name}.0"), self.linear(f"{name}.1"))
-    n_out, n_in = self._shapes[f"{name}.weight"]
-    return nn.Linear(n_in, n_out, bias=f"{name}.bias" in self._shapes)
+    n_out, n_in = self.shapes[f"{name}.weight"]
+    return nn.Linear(n_in, n_out, bias=f"{name}.bias" in self.shapes)
 
   def conv(
     self, name: str, stride: int = 1, padding: int = 0, groups: int = 1
   ) -> nn.Module:
     """A Conv2d, or one to the rank and one of a pixel."""
-    if f"{name}.weight" not in self._shapes:
+    if f"{name}.weight" not in self.shapes:
       return nn.Sequential(
         self.conv(f"{name}.0", stride, padding, groups),
         self.conv(f"{name}.1", groups=groups),
       )
-    n_out, n_in, height, width = self._shapes[f"{name}.weight"]
+    n_out, n_in, height, width = self.shapes[f"{name}.weight"]
     return nn.Conv2d(
       groups * n_in,
       n_out,
@@ -71,16 +78,20 @@ class Layers:
       stride,
       padding,
       groups=groups,
-      bias=f"{name}.bias" in self._shapes,
+      bias=f"{name}.bias" in self.shapes,
     )
 
   def depthwise(self, name: str, stride: int) -> nn.Module:
     """A 3x3 Conv2d of each channel alone."""
-    return self.conv(name, stride, 1, self._shapes[f"{name}.weight"][0])
+    return self.conv(name, stride, 1, self.shapes[f"{name}.weight"][0])
 
   def norm(self, name: str) -> nn.Module:
     """A BatchNorm2d."""
-    return nn.BatchNorm2d(self._shapes[f"{name}.weight"][0], eps=1e-5)
+    return nn.BatchNorm2d(self.shapes[f"{name}.weight"][0], eps=1e-5)
+
+  def layer_norm(self, name: str) -> nn.Module:
+    """A LayerNorm over the last axis."""
+    return nn.LayerNorm(self.shapes[f"{name}.weight"][0], eps=1e-6)
 
 
 def _chain(**modules: nn.Module) -> nn.Sequential:
@@ -259,3 +270,68 @@ def _mobilenet(layers: Layers, model: models.MobileNetV2) -> nn.Module:
       nn.Dropout(model.dropout), layers.linear("classifier.1")
     ),
   )
+
+
+class Attention(nn.Module):
+  """See `maestro.models.attention.Attention`; timm's, where it is dense."""
+
+  def __init__(self, layers: Layers, name: str, heads: int):
+    super().__init__()
+    self.heads = heads
+    stacked = layers.has(f"{name}.qkv")
+    self.inputs = ("qkv",) if stacked else ("q", "k", "v")
+    for part in self.inputs:
+      self.add_module(part, layers.linear(f"{name}.{part}"))
+    self.proj = layers.linear(f"{name}.proj")
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """[b, t, width] -> [b, t, width]."""
+    parts = [self.get_submodule(part)(x) for part in self.inputs]
+    parts = torch.cat(parts, dim=-1).chunk(3, dim=-1)
+    q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in parts)
+    y = nn.functional.scaled_dot_product_attention(q, k, v)
+    return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+  """See `maestro.models.attention.Block`."""
+
+  def __init__(self, layers: Layers, name: str, heads: int):
+    super().__init__()
+    self.norm1 = layers.layer_norm(f"{name}.norm1")
+    self.attn = Attention(layers, f"{name}.attn", heads)
+    self.norm2 = layers.layer_norm(f"{name}.norm2")
+    self.mlp = _chain(
+      fc1=layers.linear(f"{name}.mlp.fc1"),
+      act=nn.GELU(),
+      fc2=layers.linear(f"{name}.mlp.fc2"),
+    )
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """[b, t, width] -> [b, t, width]."""
+    x = x + self.attn(self.norm1(x))
+    return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+  """See `maestro.models.ViT`."""
+
+  def __init__(self, layers: Layers, model: models.ViT):
+    super().__init__()
+    self.patch_embed = _chain(proj=layers.conv("patch_embed.proj", model.patch))
+    self.cls_token = nn.Parameter(torch.empty(*layers.shapes["cls_token"]))
+    self.pos_embed = nn.Parameter(torch.empty(*layers.shapes["pos_embed"]))
+    blocks = [
+      TransformerBlock(layers, f"blocks.{i}", model.heads)
+      for i in range(model.layers)
+    ]
+    self.blocks = nn.Sequential(*blocks)
+    self.norm = layers.layer_norm("norm")
+    self.head = layers.linear("head")
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """[b, 3, h, w] -> [b, num_classes]."""
+    x = self.patch_embed(x).flatten(2).transpose(1, 2)
+    token = self.cls_token.expand(x.shape[0], -1, -1)
+    x = torch.cat([token, x], dim=1) + self.pos_embed
+    return self.head(self.norm(self.blocks(x)[:, 0]))

@@ -36,6 +36,10 @@ NETWORKS = {
   ),
   "mobilenet_v2": ({"multiplier": 0.25, "stages": SHORT}, (16, 16, 3)),
   "vgg19": ({"width": 4}, (32, 32, 3)),
+  "vit": (
+    {"patch": 4, "layers": 2, "width": 12, "hidden": 24, "heads": 3},
+    (8, 8, 3),
+  ),
 }
 
 
@@ -126,7 +130,7 @@ def _images(x):
   return torch.from_numpy(np.ascontiguousarray(x))
 
 
-QUICK = {"linear_map", "mlp", "lenet", "resnet18", "resnext50_32x4d"}
+QUICK = {"linear_map", "mlp", "lenet", "resnet18", "resnext50_32x4d", "vit"}
 
 
 @pytest.mark.quick(1)
