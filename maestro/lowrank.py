@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maestro.svd import fresh, svd
+from maestro.svd import svd
 from maestro.trees import (
   LayerSpec,
   Leaf,
@@ -144,10 +144,12 @@ def decompose(
 
   so that u @ v is the kernel (its best approximation, if the rule's rank is
   below the full one) and the components are ordered by singular value. Those
-  of singular value zero (to the rounding of the SVD) have u at random and v
-  zero, so that they can still learn. Can be traced: abstract and sharded trees
-  take the same path. Not to be differentiated, which raises: singular vectors
-  have no derivative where singular values meet.
+  of singular value zero (to the rounding of the SVD) are zero on the longer
+  side and have their singular vector on the shorter one, so that they can still
+  learn: of a kernel of zeros, u @ v then takes the kernel's own steps. Can be
+  traced: abstract and sharded trees take the same path. Not to be
+  differentiated, which raises: singular vectors have no derivative where
+  singular values meet.
 
   Args:
     params: nested mapping of parameters with dense kernels.
@@ -176,16 +178,14 @@ def decompose(
     matrix = to_matrix(kernel, spec)
     left, s, right = svd(matrix, path)
     # Where a singular value is zero, both factors would be, and with them both
-    # gradients, for ever: u starts at random instead, which changes nothing.
+    # gradients, for ever: one is the singular vector, which changes nothing.
     size = max(spec.n_in, spec.n_out) * jnp.finfo(s.dtype).eps
     dead = (s <= size * s[..., :1])[..., :rank]
     root = jnp.sqrt(s[..., :rank]).astype(left.dtype)
-    u = jnp.where(
-      dead[..., None, :],
-      fresh(path, (*spec.lead, spec.n_in, rank), left.dtype),
-      left[..., :rank] * root[..., None, :],
-    )
-    v = jnp.where(dead, 0.0, root)[..., :, None] * right[..., :rank, :]
+    ones, zeros = jnp.where(dead, 1.0, root), jnp.where(dead, 0.0, root)
+    in_u, in_v = (ones, zeros) if spec.n_in < spec.n_out else (zeros, ones)
+    u = left[..., :rank] * in_u[..., None, :]
+    v = in_v[..., :, None] * right[..., :rank, :]
     changes[path] = with_factors(get(params, path), u, v, spec)
   return replace(params, changes)
 

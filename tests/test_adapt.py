@@ -13,12 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax.core import FrozenDict, meta
 
 import maestro
-from maestro import Rule, lowrank, trees
+from maestro import Rule, data, lowrank, trees
 from maestro.products import products
 from maestro.trees import LowRankError
 
@@ -615,9 +616,99 @@ def test_every_rank_is_read(foreign):
   maestro.check_ranks(*args, **keys, **foreign.options)
 
 
+# What these models say of their batch: len(x), and the lengths of two texts.
+OF_ONE_SIZE = ("actor_critic", "seq2seq")
+
+
+@pytest.mark.quick(2)
+def test_it_is_exported_and_runs_without_its_code(foreign, tmp_path, close_to):
+  """At ranks that were found, for any batch; by the model, too."""
+  shrunk = maestro.shrink(foreign.params, foreign.half, threshold=0.3)
+  keys = [
+    jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in foreign.inputs
+  ]
+  arrays = [x for x, key in zip(foreign.inputs, keys, strict=True) if not key]
+  kept = [x for x, key in zip(foreign.inputs, keys, strict=True) if key]
+
+  def apply(params, *inputs):
+    variables = {**foreign.variables, "params": params}
+    rngs = {"rngs": foreign.keys} if foreign.rngs else {}
+    return foreign.adapted.apply(
+      variables, *inputs, *kept, **rngs, **foreign.options
+    )
+
+  out = tmp_path / "exported"
+  one = foreign in [FOREIGN[name] for name in OF_ONE_SIZE]
+  maestro.export_model(
+    *(apply, foreign.params, shrunk, foreign.layers, tuple(arrays)),
+    out=out,
+    any_batch=not one,
+  )
+  small = maestro.extract(foreign.params, shrunk, foreign.layers)
+  exported, variables = maestro.load(out)
+  close_to(exported.apply(variables, *arrays), apply(small, *arrays))
+  model, variables = maestro.load(out, model=foreign.adapted)
+  close_to(apply(variables["params"], *arrays), apply(small, *arrays))
+  assert model is foreign.adapted
+
+
 # ---------------------------------------------------------------------------
 # As a module
 # ---------------------------------------------------------------------------
+
+
+class ZeroHead(nn.Module):
+  """A Vision Transformer whose head begins with zeros, as is usual."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(32, (2, 2), (2, 2), "VALID", name="patches")(x)
+    x = x.reshape(x.shape[0], -1, 32)
+    x += self.param("positions", nn.initializers.normal(0.2), (1, 16, 32))
+    for i in range(2):
+      y = nn.LayerNorm()(x)
+      x += nn.MultiHeadDotProductAttention(4, name=f"attention{i}")(y, y)
+      y = nn.gelu(nn.Dense(64, name=f"up{i}")(nn.LayerNorm()(x)))
+      x += nn.Dense(32, name=f"down{i}")(y)
+    x = nn.LayerNorm()(x).mean(axis=1)
+    zeros = nn.initializers.zeros
+    return nn.Dense(10, kernel_init=zeros, name="head")(x)
+
+
+def test_a_head_of_zeros_learns_on_factors():
+  """After 200 steps, all layers factored: the loss is that of the dense one."""
+  digits = data.make("digits").train
+  model = maestro.factored(ZeroHead())
+  tx = optax.adamw(optax.linear_schedule(2e-3, 0.0, 200))
+  x = jnp.asarray(digits.inputs)
+  dense = model.init(jax.random.key(0), x[:1])["params"]
+  layers = maestro.layers(model, x[:1])
+  factored = maestro.decompose(dense, [Rule()], layers)
+  # Patches, two blocks of four products and two layers, and the head.
+  assert len(trees.factored(factored)) == 14
+
+  def loss(params, rows):
+    logits = model.apply({"params": params}, x[rows])
+    labels = jnp.asarray(digits.targets)[rows]
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits, labels
+    ).mean()
+
+  @jax.jit
+  def train(params):
+    def step(carry, rows):
+      params, state = carry
+      value, grads = jax.value_and_grad(loss)(params, rows)
+      updates, state = tx.update(grads, state, params)
+      return (optax.apply_updates(params, updates), state), value
+
+    rows = jax.random.randint(jax.random.key(1), (200, 64), 0, len(x))
+    (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), rows)
+    return loss(params, jnp.arange(len(x))), losses
+
+  (a, first), (b, _) = train(dense), train(factored)
+  assert float(first[0]) > 2.3 and float(a) < 0.5
+  assert float(b) <= 1.05 * float(a)
 
 
 class Net(nn.Module):

@@ -160,6 +160,47 @@ def test_decomposing_another_kernel_raises(cases):
     lowrank.decompose({}, [Rule()], case.layers)
 
 
+@pytest.mark.quick(4)
+def test_from_zeros_the_product_takes_the_steps_of_the_kernel(case, close):
+  """A step of 1 along the gradient, of u and v, moves u @ v as it is."""
+  wanted = {}
+  params = case.dense
+  for i, (path, spec) in enumerate(case.layers.items()):
+    node = dict(trees.get(params, path))
+    if spec.full_rank > 1:
+      wanted[path] = _random(*spec.kernel_shape, seed=i)
+      node[spec.weight] = jnp.zeros(spec.kernel_shape)
+      params = trees.replace(params, {path: node}) if path else node
+  low = lowrank.decompose(params, [Rule()], case.layers)
+
+  def kernels(params):
+    merged = lowrank.merge(params, case.layers)
+    return {
+      path: trees.get(merged, path)[case.layers[path].weight] for path in wanted
+    }
+
+  def objective(params):
+    found = kernels(params)
+    return sum(jnp.vdot(wanted[path], x) for path, x in found.items())
+
+  grads = jax.grad(objective)(low)
+  moved = jax.tree.map(jnp.add, low, grads)
+  assert all(not np.any(x) for x in kernels(low).values())
+  close(kernels(moved), wanted, 1e-5)
+
+
+def test_what_a_kernel_maps_to_zero_can_still_learn(cases):
+  """A rank of 2 of 6: the others are zero on one side alone."""
+  case = cases["dense"]
+  kernel = _random(9, 2) @ _random(2, 6)
+  low = lowrank.decompose({"kernel": kernel}, [Rule()], case.layers)
+  np.testing.assert_allclose(low["u"] @ low["v"], kernel, atol=1e-5)
+  norms = [np.linalg.norm(low["u"], axis=0), np.linalg.norm(low["v"], axis=1)]
+  np.testing.assert_allclose(norms[0][:2], norms[1][:2], rtol=1e-5)
+  assert not np.any(norms[0][2:])
+  np.testing.assert_allclose(norms[1][2:], 1, rtol=1e-5)
+
+
 def test_rank_zero_rule_keeps_no_component(cases):
   case = cases["dense"]
   low = lowrank.decompose(case.dense, [Rule(rank=0)], case.layers)
@@ -573,8 +614,8 @@ def test_components_of_nothing_can_learn(true_rank, lead):
     return jnp.sum((lowrank.merge(tree, layers)["fc"]["kernel"] - target) ** 2)
 
   grads = jax.grad(loss)(tree)["fc"]
-  axis = (*range(len(lead)), -1)
-  assert np.all(np.abs(grads["v"]).sum(axis) > 0)  # every component moves
+  moves = np.abs(grads["v"]).sum(-1) + np.abs(grads["u"]).sum(-2)
+  assert np.all(moves > 0)  # every component, of every element
   ranks = lowrank.shrink(tree, lowrank.full_ranks(tree, layers), 1e-5)
   assert np.all(ranks["fc"]["rank"] == true_rank)
 
