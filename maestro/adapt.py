@@ -69,7 +69,8 @@ def factored(model: Any) -> Any:
 
   Args:
     model: a Flax Linen module that is not bound, or a class of such, to be
-      made within another module: `maestro.factored(Block)(features=4)`.
+      made within another module: `maestro.factored(Block)(features=4)`. Or an
+      `nnx.Module`, which becomes a Linen module, see `maestro.nnx_model`.
 
   Raises:
     LowRankError: `model` is something else, or of a class that was made of a
@@ -81,9 +82,14 @@ def factored(model: Any) -> Any:
   if inspect.isclass(model) and issubclass(model, nn.Module):
     return _class_of(model)
   if not isinstance(model, nn.Module):
+    if any(c.__module__.startswith("flax.nnx.") for c in type(model).__mro__):
+      from maestro import nnx_model  # imported where it is used
+
+      net: Any = model
+      return nnx_model.mirror(net)
     raise LowRankError(
-      "factored() takes a Flax Linen module or its class, got a"
-      f" {type(model).__name__}; layers of flax.nnx cannot be factored"
+      "factored() takes a Flax Linen module or its class, or an nnx.Module, got"
+      f" a {type(model).__name__}"
     )
   if model.scope is not None or isinstance(model.parent, nn.Module):
     raise LowRankError(

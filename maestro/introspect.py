@@ -16,6 +16,7 @@ from flax.errors import FlaxError
 
 from maestro import trees
 from maestro.nn import (
+  BATCH_ALONE,
   general_axes,
   path_of,
   recording,
@@ -56,8 +57,12 @@ def batch_statistics() -> Iterator[None]:
     finally:
       object.__setattr__(module, "momentum", momentum)
 
-  with nn.intercept_methods(intercept):
-    yield
+  token = BATCH_ALONE.set(True)
+  try:
+    with nn.intercept_methods(intercept):
+      yield
+  finally:
+    BATCH_ALONE.reset(token)
 
 
 @contextlib.contextmanager

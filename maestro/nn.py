@@ -30,6 +30,9 @@ from maestro import ops, trees
 from maestro.trees import Leaf, LowRankError
 
 # Paths whose rank was read, while `check_ranks` traces a model.
+# Whether batch norm is to store the statistics of the batch alone: see
+# `introspect.batch_statistics`.
+BATCH_ALONE = contextvars.ContextVar("batch_alone", default=False)
 _read: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar(
   "ranks_read", default=None
 )

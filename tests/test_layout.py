@@ -65,6 +65,7 @@ def _refused(path, names):
     "maestro/taps.py",
     "maestro/models",
     "maestro/adapt.py",
+    "maestro/nnx_model.py",
   ):
     forbid(_uses(names, "flax.linen"), "Linen stays in nn, models, adapt")
   if _in(path, "maestro/models"):
@@ -99,6 +100,7 @@ ROOMS = (
   ),
   *(
     "nn",
+    "nnx_model",
     "adapt",
     "products",
     "introspect",

@@ -8,6 +8,7 @@ import textwrap
 
 import flax.linen as linen
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ from os import system
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from maestro.data import Dataset, Split, identity
 
 
@@ -85,6 +87,23 @@ class Noisy(nn.Module):
 
 class Plain:
   pass
+
+
+class Graph(nnx.Module):
+  def __init__(self, num_classes, width, rngs):
+    self.conv = nnx.Conv(1, 8, (3, 3), strides=2, rngs=rngs)
+    self.norm = nnx.BatchNorm(8, rngs=rngs)
+    self.fc = nnx.Linear(128, width, rngs=rngs)
+    self.drop = nnx.Dropout(0.1, rngs=rngs)
+    self.head = nnx.Linear(width, num_classes, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.norm(self.conv(x))).reshape((x.shape[0], -1))
+    return self.head(self.drop(nnx.relu(self.fc(x))))
+
+
+def graph(num_classes, width: int = 16):
+  return Graph(num_classes, width, nnx.Rngs(0))
 '''
 
 
@@ -149,6 +168,32 @@ def test_a_run_trains_evaluates_and_ships(own, tmp_path, monkeypatch):
   for call in (loop.evaluate_workdir, opened.open_run):
     with pytest.raises(UserError, match=r"model\.target: .*--allow_import=own"):
       call(workdir)
+
+
+@pytest.mark.quick(0)
+def test_a_model_of_nnx_trains_and_ships(own, tmp_path):
+  targets.allow(["own_nets"])
+  model = {"target": "own_nets:graph", "width": 12}
+  loop.train(config(model=model), tmp_path / "run")
+  run = opened.open_run(tmp_path / "run")
+  assert {"conv", "fc", "head"} == {*run.layers}
+  assert {"u", "v"} <= {*run.params["fc"]}
+  results = workdir_lib.read_json(tmp_path / "run" / "results.json")
+  test = results["final"]["metrics"]["accuracy"]
+  found = loop.evaluate_workdir(tmp_path / "run")
+  assert test == pytest.approx(found["test"]["accuracy"]) and test > 0.6
+  data, options = opened.data_of(run), export.Options(repeats=0)
+  export.export(run, tmp_path / "out", dataset=data, options=options)
+  import own_nets
+
+  model = maestro.factored(own_nets.graph(2, 12))
+  loaded, small = maestro.load(tmp_path / "out", model=model)
+  x = np.ones((3, 8, 8, 1), np.float32)
+  whole = {"params": run.params, "batch_stats": small["batch_stats"]}
+  ranks = jax.tree.map(jnp.asarray, run.ranks)
+  want = run.model.apply(whole | {"ranks": ranks}, x, train=False)
+  found = loaded.apply(small, x, train=False)
+  np.testing.assert_allclose(found, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
