@@ -75,7 +75,7 @@ class Mirror(linen.Module):
 
     Raises:
       LowRankError: the model uses the kernel of a factored layer by itself; or
-        it is to train on random numbers, and no "dropout" stream is given.
+        it draws random numbers, and no stream "dropout" of them is given.
 
     Caches and counts of the model are as they were before each call.
     """
@@ -86,7 +86,7 @@ class Mirror(linen.Module):
       path: variable.replace(
         self._held(path, variable)
         if path[:-1] in mirrored
-        else self._hold(path, variable, train)
+        else self._hold(path, variable)
       )
       for path, variable in flat.items()
     }
@@ -95,6 +95,7 @@ class Mirror(linen.Module):
       copy.train() if train else copy.eval()
       if "train" in inspect.signature(type(module).__call__).parameters:
         kwargs["train"] = train
+    self._check_random(copy, train)
     found = dict(nnx.iter_graph(copy))
     for path, run in mirrored.items():
       run.into(found[path], self._scope(path), flat)
@@ -118,7 +119,7 @@ class Mirror(linen.Module):
     held = self._scope(path[:-1]).get_variable("params", str(path[-1]))
     return variable[...] if held is None else held
 
-  def _hold(self, path: Path, variable: Any, train: bool | None) -> Any:
+  def _hold(self, path: Path, variable: Any) -> Any:
     """The value of a variable that is no layer's."""
     value, scope = variable[...], self._scope(path[:-1])
     if isinstance(variable, nnx.Param):
@@ -126,17 +127,26 @@ class Mirror(linen.Module):
     if isinstance(variable, nnx.BatchStat):
       name = str(path[-1])
       return scope.variable("batch_stats", name, lambda: value).value
-    if isinstance(variable, nnx.RngKey):
-      if self.has_rng("dropout"):
-        key = jax.random.key_data(self.make_rng("dropout"))
-        key = jax.random.wrap_key_data(key)
-        return jax.random.split(key, value.shape) if value.shape else key
-      if train and not self.is_initializing():
-        raise LowRankError(
-          f"{'/'.join(map(str, path))} draws random numbers in training: give"
-          ' rngs={"dropout": key} to apply'
-        )
+    if isinstance(variable, nnx.RngKey) and self.has_rng("dropout"):
+      key = jax.random.key_data(self.make_rng("dropout"))
+      key = jax.random.wrap_key_data(key)
+      return jax.random.split(key, value.shape) if value.shape else key
     return value
+
+  def _check_random(self, copy: nnx.Module, train: bool | None) -> None:
+    """Raises if the same random numbers would be drawn in each call."""
+    if self.is_initializing() or self.has_rng("dropout"):
+      return
+    keys = nnx.to_flat_state(nnx.state(copy, nnx.RngKey))
+    active = any(
+      isinstance(node, nnx.Dropout) and node.rate and not node.deterministic
+      for _, node in nnx.iter_graph(copy)
+    )
+    if len(keys) and (train or active):
+      raise LowRankError(
+        f"{'/'.join(map(str, keys[0][0]))} draws random numbers: give apply"
+        ' rngs={"dropout": key}, or train=False'
+      )
 
   def _keep(self, copy: nnx.Module) -> None:
     """Stores what the call has made of statistics, where they may change."""
