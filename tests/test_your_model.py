@@ -22,7 +22,7 @@ def names(tmp_path_factory):
 
 
 def test_the_way_in_is_three_lines_and_the_loop_forty():
-  way_in, _, loop, _ = BLOCKS
+  way_in, _, loop, _, _ = BLOCKS
   *_, last = way_in.strip().split("\n\n")
   assert last.count("\n") == 2
   assert [line.split(" = ")[0] for line in last.split("\n")] == [
@@ -52,3 +52,10 @@ def test_the_small_network_is_the_one_at_its_ranks(names):
   maestro.check_ranks(
     model, {"params": names["params"]}, names["ranks"], tokens
   )
+
+
+def test_a_model_of_nnx_is_itself_on_factors(names):
+  found, net = names["same_graph"], names["net"]
+  np.testing.assert_allclose(found, net(names["tokens"]), rtol=1e-4, atol=1e-5)
+  held = names["maestro"].full_ranks(names["weights"])
+  assert {*held} == {"embed", "attention", "head"}

@@ -147,7 +147,9 @@ def _check_shared_memory(batches: Batches, workers: int) -> None:
   """
   if not os.path.isdir(_SHARED):
     return
-  one = batches[0]["inputs"].nbytes
+  first = np.zeros(1, np.int64)
+  one = batches.stream.examples(first, first, batches.seed)["inputs"].nbytes
+  one *= len(batches.part)
   needed, free = workers * (_AHEAD + 1) * one, shutil.disk_usage(_SHARED).free
   if needed > free:
     raise DataError(

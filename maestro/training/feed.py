@@ -3,7 +3,7 @@
 import abc
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,8 +14,7 @@ from maestro.data import Dataset, stream
 from maestro.errors import UserError
 from maestro.parallel.mesh import BATCH, replicate
 from maestro.training.durations import Clock
-
-Data = Mapping[str, jax.Array]
+from maestro.training.step import Data
 
 
 class Feed(abc.ABC):
@@ -92,6 +91,8 @@ class Streamed(Feed):
     try:
       batch = next(self._ahead)
     except RuntimeError as error:  # what Grain says of a process that ended
+      if not self._batches.stream.workers:
+        raise
       raise UserError(
         f"a process that reads the data has ended ({error}); run the command"
         " again to go on from the newest checkpoint. If memory ran out, lower"
