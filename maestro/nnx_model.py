@@ -64,18 +64,19 @@ class Mirror(linen.Module):
   net: Net
 
   @linen.compact
-  def __call__(self, *args: Any, train: bool | None = None, **kwargs: Any):
+  def __call__(self, *args: Any, train: bool = False, **kwargs: Any):
     """Calls the model.
 
     Args:
       *args: of the model.
-      train: calls `train()` or `eval()` of the model's copy before; it is an
-        argument of the model, too, if that has one of this name. None: neither.
+      train: calls `train()` or `eval()` of the model's copy before, whatever
+        the model's own mode is; it is an argument of the model, too, if that
+        has one of this name.
       **kwargs: of the model.
 
     Raises:
       LowRankError: the model uses the kernel of a factored layer by itself; or
-        it draws random numbers, and no stream "dropout" of them is given.
+        it trains on random numbers, and no stream "dropout" of them is given.
 
     Caches and counts of the model are as they were before each call.
     """
@@ -91,11 +92,11 @@ class Mirror(linen.Module):
       for path, variable in flat.items()
     }
     copy = nnx.merge(graph, nnx.from_flat_state(values))
-    if train is not None:
-      copy.train() if train else copy.eval()
-      if "train" in inspect.signature(type(module).__call__).parameters:
-        kwargs["train"] = train
-    self._check_random(copy, train)
+    copy.train() if train else copy.eval()
+    if "train" in inspect.signature(type(module).__call__).parameters:
+      kwargs["train"] = train
+    if train:
+      self._check_random(copy)
     found = dict(nnx.iter_graph(copy))
     for path, run in mirrored.items():
       run.into(found[path], self._scope(path), flat)
@@ -133,19 +134,14 @@ class Mirror(linen.Module):
       return jax.random.split(key, value.shape) if value.shape else key
     return value
 
-  def _check_random(self, copy: nnx.Module, train: bool | None) -> None:
+  def _check_random(self, copy: nnx.Module) -> None:
     """Raises if the same random numbers would be drawn in each call."""
     if self.is_initializing() or self.has_rng("dropout"):
       return
-    keys = nnx.to_flat_state(nnx.state(copy, nnx.RngKey))
-    active = any(
-      isinstance(node, nnx.Dropout) and node.rate and not node.deterministic
-      for _, node in nnx.iter_graph(copy)
-    )
-    if len(keys) and (train or active):
+    for path, _ in nnx.to_flat_state(nnx.state(copy, nnx.RngKey)):
       raise LowRankError(
-        f"{'/'.join(map(str, keys[0][0]))} draws random numbers: give apply"
-        ' rngs={"dropout": key}, or train=False'
+        f"{'/'.join(map(str, path))} draws random numbers in training: give"
+        ' apply rngs={"dropout": key}'
       )
 
   def _keep(self, copy: nnx.Module) -> None:
