@@ -130,8 +130,9 @@ def measure(
   """
   cores = photos.cores()
   dataset = data.make("imagenet2012", data_dir=root, size=size, val_examples=10)
-  few = dataset.train.inputs._photos.read(range(min(256, len(dataset.train))))
-  encoded = [example["image"] for example in few][:_BATCH]
+  assert dataset.stream is not None
+  few = dataset.stream.examples.photos.read(range(_BATCH))
+  encoded = [example["image"] for example in few]
   ways = {
     "bare loop": functools.partial(bare, encoded, size, cores, count),
     "threads": functools.partial(streamed, dataset, 0, count, rounds),

@@ -63,6 +63,7 @@ from absl import flags
 from benchmarks import plain
 from maestro import cli, data, lowrank, models, ops, sampling
 from maestro import introspect as nn
+from maestro.data.photos import cores
 from maestro.errors import UserError
 from maestro.parallel.mesh import MeshShape, make_mesh
 from maestro.parallel.rules import Placement
@@ -422,13 +423,6 @@ class Bench:
 # ---------------------------------------------------------------------------
 # Forms in PyTorch
 # ---------------------------------------------------------------------------
-
-
-def cores() -> int:
-  """Cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def _no_torch(options: Options) -> str | None:

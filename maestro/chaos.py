@@ -380,6 +380,7 @@ def _step(place: pathlib.Path) -> int:
 
 # What a clock measures.
 _CLOCK = ("wall_seconds", "train_seconds", "examples_per_second", "git")
+_CLOCK += ("input_wait",)
 
 
 def _timeless(value: Any) -> Any:

@@ -41,12 +41,12 @@ def mirror(model: nnx.Module) -> "Mirror":
   """Returns a Linen module that runs a model on variables from outside.
 
   Raises:
-    LowRankError: the model is no module of modules, but one of nnx's
-      transforms or a function.
+    LowRankError: the model is no nnx.Module, or cannot be called.
   """
-  if not isinstance(model, nnx.Module):
+  if not isinstance(model, nnx.Module) or not callable(model):
     raise LowRankError(
-      f"factored() takes an nnx.Module, got a {type(model).__name__}"
+      "factored() takes an nnx.Module that can be called, got a"
+      f" {type(model).__name__}"
     )
   return Mirror(Net(model))
 
@@ -83,14 +83,12 @@ class Mirror(linen.Module):
     module, (graph, state) = self.net.module, nnx.split(self.net.module)
     mirrored = _layers(module)
     flat = dict(nnx.to_flat_state(state))
-    values = {
-      path: variable.replace(
-        self._held(path, variable)
-        if path[:-1] in mirrored
-        else self._hold(path, variable)
-      )
-      for path, variable in flat.items()
-    }
+    values = {}
+    for path, variable in flat.items():
+      if isinstance(variable, nnx.Variable):  # else an array, a constant
+        own = self._held if path[:-1] in mirrored else self._hold
+        variable = variable.replace(own(path, variable))
+      values[path] = variable
     copy = nnx.merge(graph, nnx.from_flat_state(values))
     copy.train() if train else copy.eval()
     if "train" in inspect.signature(type(module).__call__).parameters:
@@ -106,6 +104,11 @@ class Mirror(linen.Module):
           node.momentum = 0.0
     result = copy(*args, **kwargs)
     self._keep(copy)
+    if self.is_initializing():  # those of layers that have run as nnx does, too
+      for path, variable in flat.items():
+        scope, name = self._scope(path[:-1]), str(path[-1])
+        if path[:-1] in mirrored and not scope.has_variable("params", name):
+          scope.put_variable("params", name, variable[...])
     return result
 
   def _scope(self, path: Path) -> Scope:
@@ -154,23 +157,6 @@ class Mirror(linen.Module):
       scope.put_variable("batch_stats", str(path[-1]), variable[...])
 
 
-class _Absent:
-  """Stands for the weight of a factored layer, which nobody may read."""
-
-  def __init__(self, path: str, name: str):
-    self._text = (
-      f"layer {path!r}: the model reads its {name!r} outside of the layer, and"
-      " it is factored; leave it dense by"
-      f" Rule({path!r}, decompose=False)"
-    )
-
-  def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-    raise LowRankError(self._text)
-
-  __getattr__ = __getitem__ = __array__ = __jax_array__ = _refuse
-  __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
-
-
 @dataclasses.dataclass(frozen=True)
 class _Layer:
   """How a layer is run: as a class of `maestro.nn` with some options."""
@@ -186,57 +172,79 @@ class _Layer:
     for name, option in names.items():
       if (variable := flat.get((*self.path, name))) is not None:
         inits[option] = functools.partial(_value, variable[...])
-    make = functools.partial(self.made, **inits)
-    layer.__class__ = _RUNS[type(layer)]
-    ran: Any = layer
-    ran.run_as = make(parent=scope)
     if scope.has_variable("params", "u"):
-      path = "/".join(map(str, self.path))
-      vars(layer)[self.weight] = _Absent(path, self.weight)
+      delattr(layer, self.weight)
+    ran: Any = layer
+    layer.__class__ = _RUNS[type(layer)]
+    ran.run_as = self.made(parent=scope, **inits)
+    ran.runs = _Run("/".join(map(str, self.path)), _raw(layer, self.weight))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+  """What a layer of a copy is.
+
+  Attributes:
+    path: of the layer.
+    held: its weight as it went in; the model may have changed it since.
+  """
+
+  path: str
+  held: Any
+
+
+def _raw(layer: nnx.Module, weight: str) -> Any:
+  """The array of a layer's weight; None if it is factored."""
+  variable = vars(layer).get(weight)
+  return None if variable is None else variable.get_value()
+
+
+def _running(base: Any, weight: str = "kernel") -> Any:
+  """The subclass of a layer's class that runs as the layer of `maestro.nn`.
+
+  Unless the model has changed its weight (by a norm of it, or within one of
+  nnx's transforms, where it is another array): then as nnx does.
+  """
+
+  class Layer(base):
+    run_as: Any
+    runs: _Run
+
+    def __call__(self, inputs, *args, **kwargs):
+      if _raw(self, weight) is self.runs.held:
+        return self.run_as(inputs)
+      return super().__call__(inputs, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+      if name != weight:
+        raise AttributeError(f"{base.__name__} has no attribute {name!r}")
+      raise LowRankError(
+        f"layer {self.runs.path!r}: the model reads its {name!r} outside of the"
+        " layer, and it is factored; leave it dense by"
+        f" Rule({self.runs.path!r}, decompose=False)"
+      )
+
+  return Layer
+
+
+class _Embed(_running(nnx.Embed, "embedding")):
+  def attend(self, query, *args, **kwargs):
+    if _raw(self, "embedding") is self.runs.held:
+      return self.run_as.attend(query)
+    return super().attend(query, *args, **kwargs)
+
+
+_RUNS = {
+  nnx.Linear: _running(nnx.Linear),
+  nnx.LinearGeneral: _running(nnx.LinearGeneral),
+  nnx.Conv: _running(nnx.Conv),
+  nnx.Embed: _Embed,
+}
 
 
 def _value(value: jax.Array, key: Any, shape: Any, dtype: Any) -> jax.Array:
   del key, shape, dtype
   return value
-
-
-class _Linear(nnx.Linear):
-  run_as: Any
-
-  def __call__(self, inputs, out_sharding=None):
-    return self.run_as(inputs)
-
-
-class _LinearGeneral(nnx.LinearGeneral):
-  run_as: Any
-
-  def __call__(self, inputs, out_sharding=None):
-    return self.run_as(inputs)
-
-
-class _Conv(nnx.Conv):
-  run_as: Any
-
-  def __call__(self, inputs, out_sharding=None):
-    return self.run_as(inputs)
-
-
-class _Embed(nnx.Embed):
-  run_as: Any
-
-  def __call__(self, inputs, out_sharding=None):
-    return self.run_as(inputs)
-
-  def attend(self, query, out_sharding=None):
-    return self.run_as.attend(query)
-
-
-_RUNS = {
-  nnx.Linear: _Linear,
-  nnx.LinearGeneral: _LinearGeneral,
-  nnx.Conv: _Conv,
-  nnx.Embed: _Embed,
-}
 
 
 def _layers(module: nnx.Module) -> dict[Path, _Layer]:

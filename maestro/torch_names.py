@@ -83,7 +83,7 @@ def _vit(model: ViT, path: str) -> str:
   if model.scan:
     raise WeightsError(
       "a ViT whose blocks are a scan has no names in PyTorch; make it with"
-      " scan=False, and `maestro.models.unstack` its variables"
+      " scan=False, and `maestro.models.attention.unstack` its variables"
     )
   if block := re.fullmatch(r"blocks/layers_(\d+)/(.+)", path):
     return f"blocks.{block[1]}.{_VIT[block[2]]}"

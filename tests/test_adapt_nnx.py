@@ -353,6 +353,49 @@ def test_it_trains_on_factors_and_is_exported(net, tmp_path, close, jit):
   close(exported.apply(weights, TOKENS[:2]), apply(small, TOKENS[:2]), 1e-5)
 
 
+class Transformed(nnx.Module):
+  """A layer that is called directly, and others in other ways."""
+
+  def __init__(self, kind):
+    self.kind, rngs = kind, nnx.Rngs(0)
+    self.plain = nnx.Linear(6, 6, rngs=rngs)
+    self.odd = nnx.Linear(6, 6, rngs=rngs)
+    if kind == "norm":
+      self.odd = nnx.WeightNorm(self.odd, rngs=rngs)
+    if kind == "rnn":
+      self.odd = nnx.RNN(nnx.SimpleCell(6, 6, rngs=rngs))
+
+  def __call__(self, x):
+    x = self.plain(x)
+    if self.kind == "remat":
+      return nnx.remat(lambda layer, x: layer(x))(self.odd, x)
+    if self.kind == "jit":
+      return nnx.jit(lambda layer, x: layer(x))(self.odd, x)
+    if self.kind == "changed":
+      self.odd.kernel[...] = jnp.tanh(self.odd.kernel[...])
+    if self.kind == "rnn":
+      return self.odd(x[:, None])[:, 0]
+    if self.kind == "both":  # a layer that is factored, within a transform
+      return nnx.remat(lambda layer, x: layer(x))(self.plain, self.odd(x))
+    return self.odd(x)
+
+
+@pytest.mark.parametrize(
+  "kind", ["norm", "rnn", "remat", "jit", "changed", "both"]
+)
+def test_a_weight_that_is_not_seen_as_it_is_stays_dense(kind, close):
+  net, x = Transformed(kind), jnp.ones((2, 6))
+  if kind == "both":
+    with pytest.raises(LowRankError, match=r"layer 'plain'.*decompose=False"):
+      pieces(net, x)
+    return
+  model, variables, layers, params, ranks = pieces(net, x)
+  wanted = Transformed(kind)(x)
+  assert trees.factored(params, layers).keys() == {"plain"}
+  close(model.apply(variables, x), wanted, 1e-6)
+  close(model.apply({"params": params, "ranks": ranks}, x), wanted, 1e-5)
+
+
 def test_one_layer_alone_is_a_model(close):
   net, x = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
   model, variables, layers, params, ranks = pieces(net, x)
@@ -362,5 +405,5 @@ def test_one_layer_alone_is_a_model(close):
 
 
 def test_what_is_no_module_is_refused():
-  with pytest.raises(LowRankError, match=r"nnx\.Module, got a Rngs"):
+  with pytest.raises(LowRankError, match="that can be called, got a Rngs"):
     maestro.factored(nnx.Rngs(0))

@@ -258,15 +258,23 @@ class Dataset:
       raise DataError(
         f"{where}: {len(split)} examples but {len(split.references)} references"
       )
-    if isinstance(split.inputs, Rows):
-      return  # each row is checked as it is read
+    if isinstance(split.inputs, Rows) and name == "train" and not self.stream:
+      raise DataError(
+        f"{where}: inputs are read as they are needed, so a Dataset needs a"
+        " stream= that reads them for training (docs/imagenet.md)"
+      )
     for part in ("inputs", "targets"):
-      x = np.asarray(getattr(split, part))
+      x = getattr(split, part)
+      if isinstance(x, Rows):
+        continue  # each row is what its reader makes of it
+      x = np.asarray(x)
       if x.dtype.kind in "fc" and not np.all(np.isfinite(x)):
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
         raise DataError(
           f"{where}: {part}{list(at)} is {x[at]}; leave that example out"
         )
+    if isinstance(split.targets, Rows):
+      return
     targets = np.asarray(split.targets)
     if self.num_classes is None and targets.dtype.kind not in "fc":
       raise DataError(
@@ -277,7 +285,7 @@ class Dataset:
       return
     one = targets.ndim == 1  # a class an example, not a token a position
     self._check_range(where, "targets", targets, 0 if one else NO_TARGET)
-    if self.vocabulary is not None:
+    if self.vocabulary is not None and not isinstance(split.inputs, Rows):
       self._check_range(where, "inputs", np.asarray(split.inputs), 0)
 
   def _check_range(

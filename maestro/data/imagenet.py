@@ -7,8 +7,8 @@ import os
 
 import numpy as np
 
-from maestro.data import photos, prepared, stream
-from maestro.data.dataset import Dataset, Split, Stream
+from maestro.data import photos, prepared
+from maestro.data.dataset import DataError, Dataset, Split, Stream
 from maestro.data.image import standardize
 from maestro.schema import Count, Natural
 
@@ -57,7 +57,6 @@ def imagenet2012(
     DataError: If the set is missing, damaged or not in a random-access format,
       or an option is out of range.
   """
-  stream.check()
   name = "imagenet2012"
   directory = prepared.find(name, data_dir, _FIRST)
   with prepared.reading(name, directory):
@@ -122,4 +121,4 @@ def _workers(asked: int | None) -> int:
 
 
 def _nothing(rows: np.ndarray, draws: np.ndarray, seed: int) -> dict:
-  raise NotImplementedError("an outline has no photographs")
+  raise DataError("an outline of imagenet2012 has no photographs to read")

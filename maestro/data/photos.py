@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from maestro.data.dataset import DataError, Rows
 
@@ -31,7 +31,6 @@ _BROKEN = (
   OSError,
   SyntaxError,
   ValueError,
-  UnidentifiedImageError,
   Image.DecompressionBombError,
 )
 

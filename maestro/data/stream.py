@@ -63,15 +63,24 @@ class Batches:
     epoch, i = divmod(int(step), self.steps_per_epoch)
     rows = _order(self.seed, epoch, self.size)[i * self.batch_size + self.part]
     draws = int(step) * self.batch_size + self.part
-    return self.stream.examples(rows, draws, self.seed)
+    batch = self.stream.examples(rows, draws, self.seed)
+    sizes = {k: np.shape(batch.get(k))[:1] for k in ("inputs", "targets")}
+    if {*sizes.values()} != {(len(rows),)} or "replaced" not in batch:
+      raise DataError(
+        f"config.data: the examples of its stream are {sorted(batch)}, with"
+        f" {sizes} rows for {len(rows)} asked for; return inputs and targets of"
+        " as many rows, and how many are replaced"
+      )
+    return batch
 
 
 def check() -> None:
   """Raises DataError unless Grain is there."""
   if importlib.util.find_spec("grain") is None:
     raise DataError(
-      "config.data.name: this set is read by Grain, which is not installed:"
-      " pip install 'maestro-lowrank[imagenet]', or pip install grain"
+      "config.data: this set is read by Grain while it is trained on, which is"
+      " not installed: pip install 'maestro-lowrank[imagenet]', or pip install"
+      " grain"
     )
 
 

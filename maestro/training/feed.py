@@ -68,6 +68,7 @@ class Streamed(Feed):
   def __init__(self, dataset: Dataset, seed: int, clock: Clock, mesh: Mesh):
     super().__init__()
     assert dataset.stream is not None
+    stream.check()
     self._sharding = NamedSharding(mesh, PartitionSpec(BATCH))
     self._batches = stream.Batches(
       stream=dataset.stream,

@@ -1,6 +1,5 @@
 """ImageNet as tensorflow-datasets prepares it, on a set of ours."""
 
-import pathlib
 import sys
 
 import jax
@@ -12,6 +11,9 @@ from maestro import data
 from maestro.data import imagenet, photos, stream
 from maestro.data.dataset import Rows
 from maestro.errors import UserError
+from maestro.parallel.mesh import MeshShape, make_mesh
+from maestro.training.durations import Clock
+from maestro.training.feed import make_feed
 
 TRAIN, TEST, VAL = 24, 12, 6
 OPTIONS = {"val_examples": VAL, "size": 32, "workers": 0}
@@ -139,7 +141,10 @@ def test_other_files_or_another_choice_have_another_digest(root, tmp_path):
   assert len({one.digest, longer.digest, other.digest}) == 3
 
 
-def test_without_grain_nothing_is_read(monkeypatch):
+def test_without_grain_it_is_evaluated_on_but_not_trained_on(root, monkeypatch):
   monkeypatch.setattr(stream.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(data.DataError, match="grain"):
-    data.make("imagenet2012", data_dir=pathlib.Path("/nowhere"))
+  d = data.make("imagenet2012", data_dir=root, **OPTIONS)
+  assert d.test.inputs[:2].shape == (2, 32, 32, 3)
+  mesh = make_mesh(MeshShape(data=1))
+  with pytest.raises(data.DataError, match="pip install"):
+    make_feed(d, 0, Clock(4, 4, discover=8), mesh)

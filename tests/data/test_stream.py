@@ -1,5 +1,6 @@
 """Batches read ahead: which, from where, by whom; and what ends with whom."""
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -86,6 +87,52 @@ def test_processes_read_the_same_in_the_same_order():
 def test_what_is_wrong_with_the_data_is_said(workers):
   with pytest.raises(DataError, match="13 is unlucky"):
     read(batches(workers, seed=13))
+
+
+class Odd:
+  """Examples that are not what was asked for."""
+
+  def __init__(self, change):
+    self.change = change
+
+  def __call__(self, rows, draws, seed):
+    batch = Numbers()(rows, draws, seed)
+    return {k: x for k, x in (batch | self.change).items() if x is not None}
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"replaced": None}, {"inputs": None}, {"targets": np.zeros(3)}],
+  ids=str,
+)
+def test_examples_that_are_not_what_was_asked_for_are_told(change):
+  found = dataclasses.replace(batches(), stream=dataset.Stream(Odd(change), 0))
+  with pytest.raises(DataError, match=r"config\.data: the examples of its"):
+    read(found)
+
+
+def test_rows_without_a_stream_are_told():
+  class Lazy(dataset.Rows):
+    digest, unreadable = "", set()
+    shape, dtype = (4, 2), np.dtype(np.float32)
+
+    def __getitem__(self, rows):
+      return np.zeros(self.shape, np.float32)[rows]
+
+  split = dataset.Split(Lazy(), np.zeros(4, np.int32))
+
+  def make(targets, **more):
+    train = dataclasses.replace(split, targets=targets)
+    return dataset.Dataset(
+      "own", train, split, split, 2, dataset.identity, **more
+    )
+
+  with pytest.raises(DataError, match=r"'own', train split.*stream="):
+    make(split.targets)
+  stream = dataset.Stream(Numbers(), 0)
+  assert make(split.targets, stream=stream).input_shape == (2,)
+  with pytest.raises(DataError, match=r"targets\[2\] is 7, no class"):
+    make(np.array([0, 1, 7, 0], np.int32), stream=stream)
 
 
 def children():
