@@ -64,7 +64,7 @@ class Batches:
     rows = _order(self.seed, epoch, self.size)[i * self.batch_size + self.part]
     draws = int(step) * self.batch_size + self.part
     batch = self.stream.examples(rows, draws, self.seed)
-    sizes = {k: np.shape(batch.get(k))[:1] for k in ("inputs", "targets")}
+    sizes = {k: np.shape(batch.get(k, ()))[:1] for k in ("inputs", "targets")}
     if {*sizes.values()} != {(len(rows),)} or "replaced" not in batch:
       raise DataError(
         f"config.data: the examples of its stream are {sorted(batch)}, with"
